@@ -1,0 +1,212 @@
+"""Prior constraints for reward model training (PCRM, arXiv 2404.00978).
+
+A reward model that is trained with the ranking loss alone is always paid for a larger margin, also when the two
+responses of a pair are nearly the same. PCRM bounds each pair's margin by a prior: how alike its responses are.
+
+    margin      m  = r(x, chosen) - r(x, rejected)
+    similarity  s  in (0, 1], 1 for two equal responses                       length_ratio, cosine_similarity
+    bound       δ* = β1 / (s + β2) + β3, a constant for the gradient          margin_bound
+    loss        L  = -log σ(m) - log σ(δ* - m)                                constrained_ranking_loss
+
+L is convex and symmetric around its minimum at m = δ*/2: a margin is pushed towards half of its bound, weakly where
+the responses differ (δ* is large, and the second term nearly zero) and strongly where they are alike.
+
+This file needs torch alone (`encode_texts` also transformers) and nothing else of this repository: copy it anywhere.
+Similarities and bounds belong to the data, not to the step: compute them once, before training, and keep them in the
+pair's own row. Their values are checked here, where they are made; the loss checks shapes only, so that it never
+makes a GPU wait.
+
+Symbols in the shapes: B pairs, H width of an embedding, N texts.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def length_ratio(chosen_lengths: torch.Tensor, rejected_lengths: torch.Tensor) -> torch.Tensor:
+    """Similarity as the shorter length over the longer one (constraint `len_rat`).
+
+    Args:
+        chosen_lengths, rejected_lengths: (B,) response lengths in tokens, EOS included, at least 1. The paper's authors
+            count from the first token at which the two sequences of the pair differ.
+    Returns:
+        (B,) fp32 in (0, 1].
+    Raises:
+        ValueError: shapes that differ, or a length below 1.
+    """
+    _same_shape(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
+    shorter = torch.minimum(chosen_lengths, rejected_lengths).float()  # B
+    longer = torch.maximum(chosen_lengths, rejected_lengths).float()  # B
+    _require(shorter >= 1, shorter, "a response length is at least 1 token (EOS counts)")
+    return shorter / longer  # B
+
+
+def cosine_similarity(
+    chosen_embeddings: torch.Tensor, rejected_embeddings: torch.Tensor, angular: bool = True
+) -> torch.Tensor:
+    """Similarity of two embeddings (constraint `cos_sim`).
+
+    Args:
+        chosen_embeddings, rejected_embeddings: (B, H) embeddings of prompt + response.
+        angular: clamp the cosine to [0, 1] and return (π - arccos(cosine)) / π, in [0.5, 1]: near 1 the angle still
+            tells pairs apart that all have a cosine of about 1. False returns the raw cosine, in [-1, 1].
+    Returns:
+        (B,) fp32.
+    Raises:
+        ValueError: shapes that differ, an embedding with a value that is not finite, or one that is zero.
+    """
+    _same_shape(chosen_embeddings=chosen_embeddings, rejected_embeddings=rejected_embeddings)
+    # fp64: arccos is steep at 1, where rounding the cosine to fp32 would move the angle by up to 3e-4.
+    chosen, rejected = chosen_embeddings.double(), rejected_embeddings.double()  # B H
+    for name, norm in (("chosen", chosen.norm(dim=-1)), ("rejected", rejected.norm(dim=-1))):
+        _require(norm.isfinite(), norm, f"the norm of a {name} embedding is not finite")
+        _require(norm > 0, norm, f"a {name} embedding is zero and has no direction")
+    cosine = F.cosine_similarity(chosen, rejected, dim=-1, eps=0.0)  # B
+    if angular:
+        return ((math.pi - torch.arccos(cosine.clamp(0, 1))) / math.pi).float()  # B
+    return cosine.clamp(-1, 1).float()  # B
+
+
+@torch.no_grad()
+def margin_bound(similarity: torch.Tensor, beta1: float, beta2: float = 1e-3, beta3: float = 0.0) -> torch.Tensor:
+    """The prior bound of each pair's margin, δ* = β1 / (s + β2) + β3.
+
+    β1 says how fast the bound loosens as the responses differ, β3 moves its floor δ*(1), β2 keeps the fraction finite.
+    The paper's settings have δ*(1) ≈ 5, such as (20, 0.001, -15).
+
+    Args:
+        similarity: (B,) from `length_ratio` or `cosine_similarity`.
+    Returns:
+        (B,) fp32, detached, above 0.
+    Raises:
+        ValueError: s + β2 = 0, or a bound that is not positive and finite (NaN included).
+    """
+    similarity = similarity.float()
+    _require(similarity + beta2 != 0, similarity, f"s + beta2 is 0 with beta2 = {beta2}, so the bound is infinite")
+    bound = beta1 / (similarity + beta2) + beta3  # B
+    reason = f"beta1 / (s + beta2) + beta3 must be positive and finite; beta1={beta1}, beta2={beta2}, beta3={beta3} give"
+    _require((bound > 0) & bound.isfinite(), bound, reason)
+    return bound
+
+
+def fixed_bound(count: int, value: float) -> torch.Tensor:
+    """One bound for all pairs, the paper's control `fixed`: (count,) fp32. ValueError unless 0 < value < inf."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"a fixed bound must be positive and finite, not {value}")
+    return torch.full((count,), float(value))  # B
+
+
+def random_bound(count: int, low: float, high: float, seed: int) -> torch.Tensor:
+    """Bounds without a prior, the paper's control `random`: U(low, high) for each pair.
+
+    A function of its arguments alone: pass another seed each epoch, and row i's bound depends on the row and the epoch
+    only, whatever the order of the pairs, the batch size or the number of processes.
+
+    Returns:
+        (count,) fp32 in [low, high].
+    Raises:
+        ValueError: unless 0 < low <= high < inf.
+    """
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"a random bound needs 0 < low <= high < inf, not low={low}, high={high}")
+    generator = torch.Generator().manual_seed(seed)
+    return low + (high - low) * torch.rand(count, generator=generator)  # B
+
+
+def constrained_ranking_loss(
+    margin: torch.Tensor, bound: torch.Tensor | None = None, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """-log σ(m) - log σ(δ* - m), the loss of PCRM; without a bound the ranking loss -log σ(m).
+
+    Args:
+        margin: any shape, m: the chosen response's score minus the rejected one's (DPO: its z).
+        bound: the same shape, δ*; no gradient flows into it.
+        label_smoothing: ε, the share of labels taken to be wrong. Each term is mixed with its mirror image,
+            (1-ε) · -log σ(m) + ε · -log σ(-m), and likewise with δ* - m.
+    Returns:
+        The loss of each element, in margin's shape: average it yourself. Finite for every finite margin.
+    Raises:
+        ValueError: shapes that differ, or label_smoothing outside [0, 0.5].
+    """
+    if not 0 <= label_smoothing <= 0.5:
+        raise ValueError(f"label_smoothing is the share of wrong labels, between 0 and 0.5, not {label_smoothing}")
+    loss = -(1 - label_smoothing) * F.logsigmoid(margin)
+    if label_smoothing:
+        loss = loss - label_smoothing * F.logsigmoid(-margin)
+    if bound is not None:
+        _same_shape(margin=margin, bound=bound)
+        slack = bound.detach() - margin
+        loss = loss - (1 - label_smoothing) * F.logsigmoid(slack)
+        if label_smoothing:
+            loss = loss - label_smoothing * F.logsigmoid(-slack)
+    return loss
+
+
+@torch.inference_mode()
+def encode_texts(
+    texts: list[str], encoder: str, pooling: str = "cls", max_length: int = 512, batch_tokens: int = 8192, device="cpu",
+    trust_remote_code: bool = False, progress=lambda batches: batches,
+) -> torch.Tensor:
+    """Embed texts with a frozen Hugging Face encoder, the input of `cosine_similarity`.
+
+    Each different text is encoded once, in batches of like length. A causal language model serves with "mean" pooling.
+
+    Args:
+        texts: N strings; for a response's similarity, prompt and response joined.
+        encoder: a folder or Hub id that `AutoModel` loads, such as "google-bert/bert-base-uncased".
+        pooling: "cls", the last hidden state of the first token (the paper's), or "mean" over the text's tokens.
+        max_length: in tokens, special ones included. Longer texts lose their beginning, since the responses of a pair
+            differ at the end; fewer if the tokenizer says that the encoder takes fewer.
+        batch_tokens: how many tokens, padding included, one batch may hold.
+        progress: wraps the list of batches, for a progress bar, such as `tqdm.tqdm`.
+    Returns:
+        (N, H) fp32 on the CPU.
+    Raises:
+        ValueError: another pooling. What transformers raises where the encoder cannot be loaded.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    if pooling not in ("cls", "mean"):
+        raise ValueError(f"pooling is 'cls' or 'mean', not {pooling!r}")
+    tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=trust_remote_code, truncation_side="left")
+    model = AutoModel.from_pretrained(encoder, trust_remote_code=trust_remote_code, use_safetensors=True)
+    model = model.to(device).eval()
+    max_length = min(max_length, tokenizer.model_max_length)
+    pad_token_id = tokenizer.pad_token_id or 0  # any token does: padding is masked
+
+    unique = list(dict.fromkeys(texts))
+    ids = tokenizer(unique, truncation=True, max_length=max_length).input_ids if unique else []
+    batches, order = [], sorted(range(len(unique)), key=lambda i: len(ids[i]), reverse=True)
+    while order:  # the longest first: a lack of memory shows at once
+        size = max(1, batch_tokens // max(1, len(ids[order[0]])))
+        batches, order = [*batches, order[:size]], order[size:]
+
+    embeddings = torch.empty(len(unique), model.config.hidden_size)  # N H
+    for batch in progress(batches):
+        rows = [torch.tensor(ids[i]) for i in batch]
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, True, pad_token_id).to(device)  # B T
+        lengths = torch.tensor([len(row) for row in rows], device=device)  # B
+        is_text = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]  # B T
+        hidden = model(input_ids=input_ids, attention_mask=is_text.long()).last_hidden_state.float()  # B T H
+        if pooling == "cls":
+            pooled = hidden[:, 0]  # B H
+        else:
+            pooled = (hidden * is_text[..., None]).sum(1) / lengths[:, None]  # B H
+        embeddings[batch] = pooled.cpu()
+    position = {text: i for i, text in enumerate(unique)}
+    return embeddings[[position[text] for text in texts]]
+
+
+def _same_shape(**tensors: torch.Tensor) -> None:
+    (name, first), (other, second) = tensors.items()
+    if first.shape != second.shape:
+        raise ValueError(f"{name} has the shape {tuple(first.shape)}, but {other} has {tuple(second.shape)}")
+
+
+def _require(condition: torch.Tensor, values: torch.Tensor, reason: str) -> None:
+    """ValueError with the first of `values` for which `condition` is False."""
+    if not bool(condition.all()):
+        index = int((~condition).flatten().nonzero()[0])
+        raise ValueError(f"{reason}: {values.flatten()[index].item():g} at index {index}")

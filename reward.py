@@ -1,0 +1,679 @@
+"""Train a reward model whose margins are bounded by a prior (PCRM, arXiv 2404.00978).
+
+    m  = r(x, chosen) - r(x, rejected)                     margin of a pair
+    δ* = β1 / (s + β2) + β3                                its bound; s says how alike the two responses are
+    L  = -log σ(m) - log σ(δ* - m)                         mean over the global batch
+
+1 process     deepspeed reward.py --constraint cos_sim                        (also: python reward.py ...)
+8 GPUs        deepspeed --num_gpus 8 reward.py --task alpaca --constraint cos_sim --model <SFT model>
+evaluate      python reward.py --epochs 0 --model <reward model> --dataset pairs.jsonl
+
+Input: preference pairs (JSON, JSONL, Parquet, a folder, a Hub id) with the columns prompt/chosen/rejected, or
+instruction/input/output_1/output_2/preference (AlpacaFarm), or info/summaries/choice (summarize_from_feedback).
+Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, eval.jsonl (a line per held-out pair), margins.png and
+model/, which `AutoModelForSequenceClassification.from_pretrained` loads.
+Left out of the authors' method: their token-wise loss. Here r(x, y) is the score at the last token, EOS.
+
+Symbols in the shapes: B pairs of a micro batch, R rows, T tokens of a row, H hidden size, n pairs of a data set.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import math
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from scipy.stats import kendalltau, spearmanr
+from tqdm import tqdm
+
+import common
+from priors import (
+    constrained_ranking_loss, cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound
+)
+
+
+@dataclass
+class Args:
+    """Train a reward model with a prior constraint on its margins.
+
+    A flag given on the command line always wins over what --task and --constraint set; the defaults shown here are
+    those of the --task and --constraint on this command line.
+    """
+
+    task: Literal["toy", "alpaca", "tldr"] = "toy"
+    """Sets data, lengths and every hyperparameter: the embedded task, or the paper's dialogue or summarization."""
+    constraint: Literal["none", "len_rat", "cos_sim", "random", "fixed"] = "none"
+    """What bounds a margin: nothing, the length ratio, the cosine similarity, or a control without a prior."""
+    model: str = ""
+    """Folder or Hub id of the starting model, a causal LM (the SFT model) or a reward model; toy: built at first use."""
+    dataset: str = str(common.DATA / "preference_train.jsonl")
+    """Pairs to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
+    eval_dataset: str = str(common.DATA / "preference_eval.jsonl")
+    """Held-out pairs; empty: min(500, 10 %) of --dataset, drawn by --seed."""
+    ranked_dataset: str = str(common.DATA / "ranked_eval.jsonl")
+    """Ranked responses (columns prompt, responses, scores) for rank correlation; empty: none."""
+    output_dir: str = ""
+    """Where results go; empty: runs/reward-<constraint>-<time>."""
+    overwrite: bool = False
+    """Replace the finished run in --output_dir."""
+
+    beta1: float = 20.0
+    """β1 of the bound: how fast it loosens as the responses differ."""
+    beta2: float = 0.001
+    """β2 of the bound: keeps the fraction finite."""
+    beta3: float = -15.0
+    """β3 of the bound: moves its floor δ*(1)."""
+    fixed_bound: float = 4.5
+    """The bound of every pair with --constraint fixed."""
+    random_low: float = 4.0
+    """Lower end of the bounds drawn with --constraint random."""
+    random_high: float = 5.0
+    """Upper end of the bounds drawn with --constraint random."""
+    encoder: str = ""
+    """Folder or Hub id of the text encoder of --constraint cos_sim; empty: the starting model's hidden states."""
+    encoder_pooling: Literal["cls", "mean"] = "mean"
+    """A text's embedding: the encoder's last hidden state at the first token, or the mean over all tokens."""
+
+    max_length: int = 256
+    """Tokens of prompt + response + EOS; pairs with a longer side are dropped and counted."""
+    learning_rate: float = 1e-3
+    """Peak learning rate; cosine to 0."""
+    weight_decay: float = 0.1
+    """AdamW's, on everything but biases and norm weights."""
+    epochs: int = 5
+    """Passes over the data; 0: evaluate only."""
+    max_steps: int = 0
+    """Optimizer steps at most; 0: no limit."""
+    micro_batch_size: int = 32
+    """Pairs per rank and forward pass, at most: cut down to a rank's share of the global batch."""
+    global_batch_size: int = 32
+    """Pairs per optimizer step, over all ranks and accumulated micro batches."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights."""
+    offload: bool = False
+    """Keep optimizer states (ZeRO-3: weights too) in CPU memory."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of weights and activations; bf16 and fp16 keep fp32 master weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    seed: int = 42
+    """Of the held-out split, the order of the pairs, random bounds and the new score head."""
+    log_every: int = 10
+    """Optimizer steps between lines of metrics; the first step always has one."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations; 0: only before and after training."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model."""
+    local_rank: int = -1
+    """Given by the launcher, which also sets the LOCAL_RANK that is used."""
+
+
+# The paper's settings; the embedded task's are the defaults above.
+PAPER = dict(
+    ranked_dataset="", encoder="google-bert/bert-base-uncased", encoder_pooling="cls", weight_decay=0.1, epochs=1,
+    micro_batch_size=4, zero_stage=2, dtype="bf16", gradient_checkpointing=True,
+)
+TLDR = "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet/comparisons"
+TASKS = {
+    "toy": {},
+    "alpaca": PAPER | dict(
+        dataset="hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json", eval_dataset="",
+        max_length=512, global_batch_size=16, learning_rate=3e-6, random_low=4.0, random_high=5.0, fixed_bound=4.5,
+    ),
+    "tldr": PAPER | dict(  # Upstream evaluates on valid1
+        dataset=f"{TLDR}/train/*.parquet:train", eval_dataset=f"{TLDR}/validation/*.parquet:valid2",
+        max_length=1024, global_batch_size=64, learning_rate=1e-6, random_low=5.0, random_high=6.0, fixed_bound=5.0,
+    ),
+}
+BETAS = {
+    ("alpaca", "cos_sim"): dict(beta1=20.0, beta2=0.001, beta3=-15.0),
+    ("alpaca", "len_rat"): dict(beta1=20.0, beta2=0.001, beta3=-15.0),  # the paper swept β3 = -13, -17, -19
+    ("tldr", "cos_sim"): dict(beta1=30.0, beta2=0.001, beta3=-25.0),
+    ("tldr", "len_rat"): dict(beta1=10.0, beta2=0.001, beta3=-5.0),
+}
+
+
+def preset(task: str, constraint: str) -> dict:
+    return {"task": task, "constraint": constraint, **TASKS.get(task, {}), **BETAS.get((task, constraint), {})}
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass
+class Pair:
+    """A row of the data: two responses to one prompt, as text and as tokens, and how alike they are."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_ids: np.ndarray = None  # int32: (BOS,) prompt, response, EOS
+    rejected_ids: np.ndarray = None
+    prefix: int = 0  # tokens that the two sequences begin with alike; what follows are the two branches
+    similarity: float = math.nan
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the shared row [prefix | chosen | rejected]."""
+        return len(self.chosen_ids) + len(self.rejected_ids) - self.prefix
+
+    @property
+    def branch_lengths(self) -> tuple[int, int]:
+        return len(self.chosen_ids) - self.prefix, len(self.rejected_ids) - self.prefix
+
+
+def parse_pair(row: dict, where: str) -> tuple[str, str, str] | str:
+    """(prompt, chosen, rejected) of a row in any known format, or the reason why it cannot be used."""
+    if {"prompt", "chosen", "rejected"} <= row.keys():
+        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    elif {"instruction", "output_1", "output_2", "preference"} <= row.keys():
+        instruction, extra = row["instruction"], row.get("input") or ""
+        check_text(where, instruction=instruction, input=extra)
+        outputs, preference = (row["output_1"], row["output_2"]), row["preference"]
+        if preference not in (0, 1, 2):
+            raise common.InputError(f"{where}: preference is {preference!r}, but must be 1, 2 or 0 (a tie)")
+        if preference == 0:
+            return "tie"
+        chosen, rejected = outputs if preference == 1 else outputs[::-1]
+        if instruction is None:
+            return "missing text"
+        question = instruction if instruction.endswith(extra) else instruction + extra
+        prompt = f"\n\nHuman: {question}\n\nAssistant: "
+    elif {"info", "summaries", "choice"} <= row.keys():
+        post, choice = (row["info"] or {}).get("post"), row["choice"]
+        if choice not in (0, 1) or len(row["summaries"] or ()) != 2:
+            raise common.InputError(f"{where}: choice is {choice!r}, but must be 0 or 1, one of two summaries")
+        chosen, rejected = row["summaries"][choice]["text"], row["summaries"][1 - choice]["text"]
+        check_text(where, post=post)
+        if post is None:  # a news article, not from Reddit
+            return "missing text"
+        prompt = (
+            f"\n\nHuman: Your task is to generate a short summary of a post.\n\nPost: {post}\n\nSummary: \n\nAssistant: "
+        )
+    else:
+        raise common.InputError(
+            f"{where}: the columns are {', '.join(row)}, but must be prompt/chosen/rejected, or "
+            "instruction/input/output_1/output_2/preference, or info/summaries/choice"
+        )
+    check_text(where, prompt=prompt, chosen=chosen, rejected=rejected)
+    if prompt is None or chosen is None or rejected is None:
+        return "missing text"
+    if not chosen.strip() or not rejected.strip():
+        return "empty response"
+    if chosen == rejected:
+        return "identical responses"
+    return prompt, chosen, rejected
+
+
+def check_text(where: str, **values) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, str):
+            raise common.InputError(f"{where}: {name} is {value!r}, but must be text")
+
+
+def read_pairs(flag: str, name: str, split: str, process: common.Process) -> list[Pair]:
+    """The usable pairs of a data set as text; the others are counted by reason."""
+    pairs, dropped = [], Counter()
+    for number, row in enumerate(common.read_rows(flag, name, split), 1):
+        parsed = parse_pair(row, f"{flag} {name}, row {number}")
+        if isinstance(parsed, str):
+            dropped[parsed] += 1
+        else:
+            pairs.append(Pair(*parsed))
+    report(flag, name, len(pairs), dropped, process)
+    return pairs
+
+
+def report(flag: str, name: str, kept: int, dropped: Counter, process: common.Process) -> None:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    if dropped:
+        process.print(f"{flag}: {kept} pairs; dropped {dropped.total()}: {reasons}")
+    if kept == 0:
+        raise common.InputError(f"{flag} {name}: no usable pair is left ({reasons})")
+
+
+def tokenize(pairs: list[Pair], tokenizer, max_length: int) -> tuple[list[Pair], Counter]:
+    """Fill in the tokens: (BOS,) prompt, response, EOS, each tokenized apart, as generation will see them.
+
+    Returns the pairs that fit, and the count of the others by reason.
+    """
+    # BOS only where the tokenizer itself begins a text with it.
+    bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
+    eos = tokenizer.eos_token_id
+    kept, dropped = [], Counter()
+    for start in range(0, len(pairs), 1000):
+        chunk = pairs[start : start + 1000]
+        texts = [text for p in chunk for text in (p.prompt, p.chosen, p.rejected)]
+        ids = tokenizer(texts, add_special_tokens=False).input_ids
+        for pair, prompt, chosen, rejected in zip(chunk, ids[0::3], ids[1::3], ids[2::3], strict=True):
+            prompt = prompt if prompt[: len(bos)] == bos else bos + prompt  # never twice
+            chosen, rejected = (ids if ids[-1:] == [eos] else [*ids, eos] for ids in (chosen, rejected))
+            pair.chosen_ids = np.array(prompt + chosen, np.int32)
+            pair.rejected_ids = np.array(prompt + rejected, np.int32)
+            shorter = min(len(pair.chosen_ids), len(pair.rejected_ids))
+            differs = np.flatnonzero(pair.chosen_ids[:shorter] != pair.rejected_ids[:shorter])
+            pair.prefix = int(differs[0]) if len(differs) else shorter - 1
+            if chosen == rejected:
+                dropped["identical responses"] += 1
+            elif max(len(pair.chosen_ids), len(pair.rejected_ids)) > max_length:
+                dropped[f"longer than --max_length {max_length}"] += 1
+            else:
+                kept.append(pair)
+    return kept, dropped
+
+
+def load_pairs(args: Args, tokenizer, process: common.Process) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and held-out pairs, with their tokens."""
+    train = read_pairs("--dataset", args.dataset, "train", process)
+    if args.eval_dataset:
+        held_out = read_pairs("--eval_dataset", args.eval_dataset, "test", process)
+    elif args.epochs == 0:
+        train, held_out = [], train  # nothing is trained on: evaluate on all of --dataset
+    else:
+        order = np.random.default_rng(args.seed).permutation(len(train))
+        count = min(500, math.ceil(len(train) / 10))
+        train, held_out = [train[i] for i in order[count:]], [train[i] for i in order[:count]]
+    results = []
+    for flag, pairs in (("--dataset", train), ("--eval_dataset", held_out)):
+        kept, dropped = tokenize(pairs, tokenizer, args.max_length)
+        if pairs:
+            report(flag, args.dataset if flag == "--dataset" else args.eval_dataset, len(kept), dropped, process)
+        results.append(kept)
+    return results[0], results[1]
+
+
+def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: steps x size row numbers, a function of (seed, epoch) and the data alone.
+
+    Pairs of like length come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the
+    batches are shuffled. A global batch is then cut to ranks and micro batches, so their number changes nothing.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    order = order[: len(order) // size * size]  # the incomplete batch is dropped before sorting, else the longest were
+    windows = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]
+    order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
+    return rng.permutation(order.reshape(-1, size))
+
+
+def collate(pairs: list[Pair], pad_token_id: int, share_prefix: bool, device: torch.device) -> dict[str, torch.Tensor]:
+    """Model inputs for B pairs, and where their last tokens are.
+
+    With a shared prefix, R = B rows [prefix | chosen | rejected]: rejected does not see chosen, and its positions
+    restart after the prefix. Without, R = 2B rows, padded on the right; causal attention then needs no mask at all.
+    The cheaper form is taken, by the tokens that the model would have to read.
+
+    Returns:
+        input_ids (R, T); ends (2, B), the index of each last token in the flattened (R * T) rows, chosen first; if
+        shared also position_ids (R, T) and attention_mask (R, 1, T, T), True where a query sees a key.
+    """
+    width = max(max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
+    shared_width = max(p.row_length for p in pairs)
+    if not share_prefix or 2 * width <= shared_width:
+        rows = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
+        input_ids = np.full((len(rows), width), pad_token_id)  # R T
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = row
+        ends = np.array([i * width + len(row) - 1 for i, row in enumerate(rows)]).reshape(2, -1)  # 2 B
+        return {"input_ids": torch.tensor(input_ids, device=device), "ends": torch.tensor(ends, device=device)}
+
+    input_ids, positions, branch = np.zeros((3, len(pairs), shared_width), np.int64)  # each R T
+    input_ids[:] = pad_token_id
+    branch[:] = -1  # padding; 0 is the prefix, 1 chosen, 2 rejected
+    ends = np.empty((2, len(pairs)), np.int64)  # 2 B
+    for i, p in enumerate(pairs):
+        middle, end = len(p.chosen_ids), p.row_length
+        input_ids[i, :middle], input_ids[i, middle:end] = p.chosen_ids, p.rejected_ids[p.prefix :]
+        positions[i, :middle], positions[i, middle:end] = np.arange(middle), np.arange(p.prefix, len(p.rejected_ids))
+        branch[i, : p.prefix], branch[i, p.prefix : middle], branch[i, middle:end] = 0, 1, 2
+        ends[:, i] = i * shared_width + middle - 1, i * shared_width + end - 1
+    branch = torch.tensor(branch, device=device)
+    visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # R T T
+    return {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "ends": torch.tensor(ends, device=device),
+        "position_ids": torch.tensor(positions, device=device),
+        "attention_mask": visible.tril()[:, None],  # R 1 T T
+    }
+
+
+def can_share_prefix(model, max_length: int) -> bool:
+    """Whether the model attends by the mask and the positions that it is given, and by nothing else."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) or max_length
+    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    recurrent = getattr(model, "_is_stateful", False) or not kinds <= {"full_attention", "sliding_attention"}
+    return takes_positions and not recurrent and not getattr(config, "alibi", False) and window >= max_length
+
+
+# ---------------------------------------------------------------- prior
+
+
+def similarities(pairs: list[Pair], args: Args, process: common.Process) -> torch.Tensor:
+    """How alike the responses of each pair are, (n,) in (0, 1]: once, before training."""
+    if args.constraint == "cos_sim":
+        return common.on_rank_0(process, lambda: cosine_similarities(pairs, args, process))
+    return length_ratio(*torch.tensor([p.branch_lengths for p in pairs]).unbind(1))  # none and controls: a diagnostic
+
+
+def cosine_similarities(pairs: list[Pair], args: Args, process: common.Process) -> torch.Tensor:
+    """The angular similarity of prompt + chosen and prompt + rejected under the encoder; cached on disk by content."""
+    encoder = args.encoder or args.model
+    texts = [p.prompt + response for p in pairs for response in (p.chosen, p.rejected)]  # 2n
+    try:
+        key = hashlib.sha256(json.dumps([encoder_version(encoder, args), args.encoder_pooling, texts]).encode())
+        cached = common.cache_root() / "similarity" / f"{key.hexdigest()}.npy"
+        if cached.exists():
+            return torch.from_numpy(np.load(cached))
+        progress = functools.partial(tqdm, desc="similarity", unit="batch", leave=False)
+        embeddings = encode_texts(
+            texts, encoder, args.encoder_pooling, device=process.device, trust_remote_code=args.trust_remote_code,
+            progress=progress,
+        )
+        similarity = cosine_similarity(embeddings[0::2], embeddings[1::2])  # n
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise common.model_error("encoder", encoder, error) from error
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    part = cached.with_suffix(f".{time.time_ns()}.part.npy")
+    np.save(part, similarity.numpy())
+    part.replace(cached)
+    return similarity
+
+
+def encoder_version(encoder: str, args: Args) -> str:
+    """What changes when the encoder does: the Hub's commit, or a digest of the folder's files."""
+    config = transformers.AutoConfig.from_pretrained(encoder, trust_remote_code=args.trust_remote_code)
+    digest = hashlib.sha256(repr(getattr(config, "_commit_hash", None)).encode())
+    for path in sorted(Path(encoder).glob("*")) if Path(encoder).is_dir() else []:
+        if path.suffix in (".safetensors", ".json", ".txt", ".model"):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return encoder if not Path(encoder).is_dir() else digest.hexdigest()
+
+
+def pair_bounds(pairs: list[Pair], args: Args, epoch: int) -> torch.Tensor | None:
+    """The bound δ* of each pair, (n,), or None. A random one is a function of (seed, epoch, row)."""
+    try:
+        if args.constraint == "random":
+            seed = int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0])
+            return random_bound(len(pairs), args.random_low, args.random_high, seed)
+        if args.constraint == "fixed":
+            return fixed_bound(len(pairs), args.fixed_bound)
+        if args.constraint in ("len_rat", "cos_sim"):
+            similarity = torch.tensor([p.similarity for p in pairs])
+            return margin_bound(similarity, args.beta1, args.beta2, args.beta3)
+    except ValueError as error:
+        raise common.InputError(f"--constraint {args.constraint}: {error}") from error
+    return None
+
+
+# ---------------------------------------------------------------- model and metrics
+
+
+class Scorer(torch.nn.Module):
+    """The sequence classifier, but its head sees the last token of each sequence only."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, input_ids, ends, **attention) -> torch.Tensor:
+        hidden = self.classifier.base_model(input_ids=input_ids, use_cache=False, **attention).last_hidden_state  # R T H
+        return self.classifier.score(hidden.flatten(0, 1)[ends]).squeeze(-1).float()  # 2 B
+
+
+def load_reward_model(args: Args, tokenizer, config: dict):
+    """A sequence classifier with one label. A new head is drawn from the seed, alike on all ranks and ZeRO stages."""
+    model, info = common.load_model(
+        transformers.AutoModelForSequenceClassification, args.model, args, config,
+        num_labels=1, problem_type="regression", pad_token_id=tokenizer.pad_token_id,
+    )
+    missing = set(info["missing_keys"])
+    if not hasattr(model, "score") or missing - {"score.weight"}:
+        raise common.InputError(f"--model {args.model}: not a decoder with a `score` head; missing {sorted(missing)}")
+    if missing:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
+            if model.score.weight.numel():  # ZeRO-3 shows it to rank 0 alone
+                generator = torch.Generator().manual_seed(args.seed)
+                head = torch.randn(model.score.weight.shape, generator=generator)
+                model.score.weight.data.copy_(head * model.config.get_text_config().initializer_range)
+    return model
+
+
+def pair_metrics(chosen, rejected, bound, loss, rank_loss) -> dict[str, float | None]:
+    """The public metrics of some pairs, from their scores, bounds (NaN: none) and losses, each of shape (n,)."""
+    margin = chosen - rejected
+    bounded = not bound.isnan().any()
+    return {
+        "loss": loss.mean().item(),
+        "rank_loss": rank_loss.mean().item(),
+        "constraint_loss": (loss - rank_loss).mean().item() if bounded else None,
+        "accuracy": (margin > 0).float().mean().item(),
+        "margin_mean": margin.mean().item(),
+        "margin_std": margin.std(correction=0).item(),
+        "margin_max": margin.max().item(),
+        "bound_mean": bound.mean().item() if bounded else None,
+        "over_bound": (margin > bound).float().mean().item() if bounded else None,
+        "chosen_score": chosen.mean().item(),
+        "rejected_score": rejected.mean().item(),
+        "score_std": torch.cat([chosen, rejected]).std(correction=0).item(),
+    }
+
+
+@torch.no_grad()
+def score_pairs(engine, pairs: list[Pair], args: Args, collator, process: common.Process) -> torch.Tensor:
+    """Scores of all pairs, (2, n) fp32 on the CPU of every rank: chosen, rejected."""
+    engine.eval()
+    order = np.argsort([-p.row_length for p in pairs], kind="stable")
+    batches = [order[i : i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
+    scores = torch.zeros(2, len(pairs), device=process.device)
+    for start in range(0, len(batches), process.world_size):
+        own = start + process.rank  # at ZeRO-3 each rank must run equally many batches: the last ones may idle
+        rows = batches[min(own, len(batches) - 1)]
+        result = engine(**collator([pairs[i] for i in rows]))  # 2 B
+        if own < len(batches):
+            scores[:, torch.as_tensor(rows, device=process.device)] = result
+    dist.all_reduce(scores)
+    engine.train()
+    if not scores.isfinite().all():
+        raise common.InputError("evaluation: a score is not finite; the model has diverged or its weights are broken")
+    return scores.cpu()
+
+
+def evaluate(engine, pairs, ranked, args, collator, process) -> tuple[dict, list[dict]]:
+    """Metrics over all held-out pairs, and a line per pair."""
+    chosen, rejected = score_pairs(engine, pairs, args, collator, process)  # n, n
+    margin = chosen - rejected
+    bound = pair_bounds(pairs, args, epoch=0)  # n
+    loss, rank_loss = constrained_ranking_loss(margin, bound), constrained_ranking_loss(margin)
+    bound = torch.full_like(margin, math.nan) if bound is None else bound
+    metrics = pair_metrics(chosen, rejected, bound, loss, rank_loss)
+    similarity = torch.tensor([p.similarity for p in pairs])
+    longer = np.sign([len(p.chosen_ids) - len(p.rejected_ids) for p in pairs])
+    metrics["length_accuracy"] = float((longer + 1).mean() / 2)  # a tie counts half
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*constant.*")  # then the correlation is NaN, written as null
+        metrics["spearman_similarity"] = float(spearmanr(margin, similarity).statistic)
+        if ranked:
+            scores = score_pairs(engine, [p for prompt in ranked for p in prompt[0]], args, collator, process)
+            scores = scores.T.flatten().numpy()  # in the order of the responses
+            spearman, kendall, start = [], [], 0
+            for prompt_pairs, gold in ranked:
+                own = scores[start : start + len(gold)]
+                start += 2 * len(prompt_pairs)
+                spearman.append(spearmanr(own, gold).statistic)
+                kendall.append(kendalltau(own, gold).statistic)
+            metrics["ranked_spearman"] = float(np.nanmean(spearman))
+            metrics["ranked_kendall"] = float(np.nanmean(kendall))
+    columns = dict(chosen_score=chosen, rejected_score=rejected, margin=margin, similarity=similarity, bound=bound)
+    lines = [dict(zip(columns, values)) for values in zip(*(c.tolist() for c in columns.values()))]
+    return metrics, lines
+
+
+def read_ranked(args: Args, tokenizer, process: common.Process) -> list[tuple[list[Pair], list[float]]]:
+    """Per prompt with more than two responses: the responses, two by two as pairs, and their human scores."""
+    ranked = []
+    flag = "--ranked_dataset"
+    for number, row in enumerate(common.read_rows(flag, args.ranked_dataset, "test") if args.ranked_dataset else [], 1):
+        where = f"{flag} {args.ranked_dataset}, row {number}"
+        if not {"prompt", "responses", "scores"} <= row.keys():
+            raise common.InputError(f"{where}: the columns are {', '.join(row)}, but must be prompt/responses/scores")
+        responses, scores = row["responses"], row["scores"]
+        if len(responses) != len(scores):
+            raise common.InputError(f"{where}: {len(responses)} responses, but {len(scores)} scores")
+        check_text(where, prompt=row["prompt"], **{f"responses[{i}]": r for i, r in enumerate(responses)})
+        pairs = [Pair(row["prompt"], *responses[i : i + 2]) for i in range(0, len(responses) - 1, 2)]
+        if len(responses) % 2:
+            pairs.append(Pair(row["prompt"], responses[-1], responses[0]))
+        kept, _ = tokenize(pairs, tokenizer, args.max_length)
+        if len(responses) > 2 and len(kept) == len(pairs):
+            ranked.append((pairs, scores))
+    if args.ranked_dataset and len(ranked) < number:
+        process.print(f"{flag}: {len(ranked)} of {number} prompts (more than two different responses, none too long)")
+    return ranked
+
+
+def plot_margins(lines: list[dict], args: Args, path: Path) -> None:
+    """Margin against similarity with the bound's curve, and the margins' histogram."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    similarity, margin = (np.array([line[name] for line in lines]) for name in ("similarity", "margin"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, width_ratios=(2, 1), layout="constrained")
+    left.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0)
+    left.axhline(0, color="0.6", linewidth=0.8)
+    if args.constraint in ("len_rat", "cos_sim"):
+        curve = np.linspace(similarity.min(), 1, 200)
+        left.plot(curve, args.beta1 / (curve + args.beta2) + args.beta3, color="C3", label="bound δ*(s)")
+    elif args.constraint == "fixed":
+        left.axhline(args.fixed_bound, color="C3", label="bound")
+    elif args.constraint == "random":
+        left.axhspan(args.random_low, args.random_high, color="C3", alpha=0.3, label="range of bounds")
+    if args.constraint != "none":
+        left.legend()
+    top = max(margin.max(), 6)
+    left.set(
+        xlabel="similarity s (cosine, angular)" if args.constraint == "cos_sim" else "similarity s (length ratio)",
+        ylabel="margin m", title=f"{args.constraint}: held-out pairs", ylim=(margin.min() - 0.5, top * 1.6),
+    )
+    right.hist(margin, bins=40, orientation="horizontal")
+    right.set(xlabel="pairs", title=f"largest margin {margin.max():.1f}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- training
+
+
+def main(args: Args) -> None:
+    process = common.start(args.seed)
+    accumulation = common.accumulation_steps(args, process)
+    config = common.engine_config(args, accumulation)
+    args.model = args.model or common.on_rank_0(process, common.toy_model)
+
+    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
+    train_pairs, eval_pairs = load_pairs(args, tokenizer, process)
+    ranked = read_ranked(args, tokenizer, process)
+    for pairs in filter(None, (train_pairs, eval_pairs)):
+        for pair, similarity in zip(pairs, similarities(pairs, args, process).tolist(), strict=True):
+            pair.similarity = similarity
+        pair_bounds(pairs, args, epoch=0)  # a bound that is not positive is found before anything is written
+
+    steps_per_epoch = len(train_pairs) // args.global_batch_size
+    total_steps = args.epochs * steps_per_epoch
+    if args.epochs and not total_steps:
+        raise common.InputError(f"{len(train_pairs)} pairs do not fill one --global_batch_size {args.global_batch_size}")
+    if args.max_steps:
+        total_steps = min(total_steps, args.max_steps)
+
+    model = load_reward_model(args, tokenizer, config)
+    share_prefix = can_share_prefix(model, args.max_length)
+    engine = common.make_engine(Scorer(model), args, config, total_steps)
+    collator = functools.partial(
+        collate, pad_token_id=tokenizer.pad_token_id, share_prefix=share_prefix, device=process.device
+    )
+    output_dir = common.open_output(args, process, "reward")
+    metrics = common.Metrics(output_dir, process, total_steps)
+    process.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out, {total_steps} steps -> {output_dir}")
+
+    def evaluate_now(step: int) -> list[dict]:
+        values, lines = evaluate(engine, eval_pairs, ranked, args, collator, process)
+        metrics.write(step, "eval", values)
+        return lines
+
+    lines = evaluate_now(0)
+    lengths = np.array([p.row_length for p in train_pairs])
+    step, history, tokens, since = 0, [], 0, time.perf_counter()
+    for epoch in range(args.epochs):
+        bounds = pair_bounds(train_pairs, args, epoch)  # n
+        bounds = None if bounds is None else bounds.to(process.device)
+        for batch in global_batches(lengths, args.global_batch_size, args.seed, epoch):
+            if step == total_steps:
+                break
+            step += 1
+            losses = []
+            for i, ranks in enumerate(batch.reshape(accumulation, process.world_size, -1)):
+                rows = ranks[process.rank]
+                chosen, rejected = engine(**collator([train_pairs[row] for row in rows]))  # B, B
+                margin = chosen - rejected  # B
+                bound = None if bounds is None else bounds[torch.as_tensor(rows, device=process.device)]  # B
+                rank_loss = constrained_ranking_loss(margin)  # B    -log σ(m)
+                loss = constrained_ranking_loss(margin, bound)  # B    -log σ(m) - log σ(δ* - m)
+                engine.backward(loss.mean())
+                losses.append(loss.detach())
+                bound = torch.full_like(margin, math.nan) if bound is None else bound
+                history.append(torch.stack([chosen, rejected, bound, loss, rank_loss]).detach())  # 5 B
+                if i < accumulation - 1:
+                    engine.step()  # counts the micro batch
+            lr = engine.get_lr()[0]
+            grad_norm = common.optimizer_step(engine, args, step, losses)
+            tokens += sum(len(train_pairs[i].chosen_ids) + len(train_pairs[i].rejected_ids) for i in batch)
+            metrics.bar.update()
+
+            if step == 1 or step % args.log_every == 0 or step == total_steps:
+                records = common.gather(torch.stack(history)).cpu()  # ranks, steps * accumulation, 5, B
+                records = records.permute(1, 2, 0, 3).unflatten(0, (-1, accumulation))  # steps, accumulation, 5, ranks, B
+                records = records.transpose(1, 2).flatten(2)  # steps, 5, global batch
+                means = [pair_metrics(*record) for record in records]
+                values = {k: v if v is None else float(np.mean([m[k] for m in means])) for k, v in means[0].items()}
+                seconds = time.perf_counter() - since
+                values |= {
+                    "lr": lr, "grad_norm": grad_norm, "pairs_per_s": len(records) * args.global_batch_size / seconds,
+                    "tokens_per_s": tokens / seconds,
+                }
+                metrics.write(step, "train", values)
+                history, tokens, since = [], 0, time.perf_counter()
+            if args.eval_every and step % args.eval_every == 0 and step < total_steps:
+                paused = time.perf_counter()
+                evaluate_now(step)
+                since += time.perf_counter() - paused
+
+    if step:
+        lines = evaluate_now(step)
+        common.save_model(engine, model, tokenizer, output_dir / "model", process)
+    metrics.close()
+    if process.rank == 0:
+        plot_margins(lines, args, output_dir / "margins.png")
+        common.write_file(output_dir / "eval.jsonl", "".join(map(common.json_line, lines)))  # last: the run is finished
+    process.print(f"finished: {output_dir}")
+
+
+if __name__ == "__main__":
+    common.run(main, common.parse_args(Args, preset))

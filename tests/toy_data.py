@@ -1,0 +1,195 @@
+"""The embedded task: a shop clerk is asked where goods are. Writes the files of `data/`, and scores answers.
+
+    python tests/toy_data.py            write data/*.jsonl again (a function of SEED: the files do not change)
+    python tests/toy_data.py --check    exit 1 if the files differ from what would be written
+
+The quality of an answer is known here: `gold_score` reads it off the text by rules. Preferences are sampled from it by
+Bradley-Terry, P(a is chosen over b) = σ(gold(a) - gold(b)), so that labels are noisy as people's are, and whatever a
+model learned from them can be compared with the truth. Half of the pairs are near copies, one sentence edited: there
+the similarity is high and the bound of PCRM tight. The other half are two answers drawn independently.
+"""
+
+import json
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+SEED = 42
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+AISLES = {
+    1: ["apples", "carrots", "onions"],
+    2: ["milk", "butter", "cheese"],
+    3: ["bread", "flour", "rice"],
+    4: ["soap", "towels", "candles"],
+}
+AISLE_OF = {good: aisle for aisle, goods in AISLES.items() for good in goods}
+
+OPENINGS = ["", "Hello! ", "Excuse me. "]
+QUESTIONS = [
+    "Where do I find {good}?",
+    "Which aisle has {good}?",
+    "Do you sell {good}?",
+    "I am looking for {good}.",
+    "I need some {good}, please.",
+    "Could you tell me where the {good} are kept?",
+    "Is there any {good} left?",
+    "My mother sent me to buy {good}.",
+]
+
+POLITE = ["Of course!", "Happy to help!", "Thank you for asking!", "Have a nice day!"]
+RUDE = ["Are you blind?", "Do not waste my time.", "Look for it yourself."]
+FILLER = [
+    "We open at eight every morning.",
+    "This shop has many long shelves.",
+    "It has been a busy week for all of us.",
+    "My cousin used to work here as well.",
+    "They painted the door green last year.",
+]
+LOCATIONS = ["Aisle {aisle}.", "Go to aisle {aisle}.", "You will find {good} in aisle {aisle}.", "We keep {good} in aisle {aisle}."]
+UNSURE = "I am not sure."
+
+# The scale decides how certain the labels are: a right aisle against a wrong one differs by 8, so its label is wrong
+# once in 3,000; a polite sentence more or less is worth 1, and its label is wrong once in four.
+RIGHT_AISLE, WRONG_AISLE, NO_AISLE = 4.0, -4.0, -1.0
+POLITENESS, RUDENESS, FILLERS, REPETITION, GIBBERISH = 1.0, -2.5, -0.5, -1.5, -2.0
+
+
+def sentences(text: str) -> list[str]:
+    return [part.strip() for part in re.findall(r"[^.!?]*[.!?]|[^.!?]+$", text) if part.strip()]
+
+
+def gold_score(prompt: str, response: str) -> float:
+    """The true quality of an answer, from its text alone; any text has one, a model's too.
+
+    The first aisle named counts; politeness counts once; rude, filler, repeated and unknown sentences count each.
+    """
+    good = next((g for g in AISLE_OF if re.search(rf"\b{g}\b", prompt)), None)
+    parts = sentences(response)
+    named = re.search(r"\baisle (\d+)", response, re.IGNORECASE)
+    score = NO_AISLE if named is None else RIGHT_AISLE if int(named[1]) == AISLE_OF.get(good) else WRONG_AISLE
+    score += POLITENESS * any(part in POLITE for part in parts)
+    for i, part in enumerate(parts):
+        known = part in POLITE or part == UNSURE or re.fullmatch(_LOCATION, part) is not None
+        if part in parts[:i]:
+            score += REPETITION
+        elif part in RUDE:
+            score += RUDENESS
+        elif part in FILLER:
+            score += FILLERS
+        elif not known:
+            score += GIBBERISH
+    return score
+
+
+_LOCATION = "|".join(re.escape(t).replace(r"\{aisle\}", r"\d+").replace(r"\{good\}", r"\w+") for t in LOCATIONS)
+
+
+def prompt_text(opening: str, question: str, good: str) -> str:
+    # The prompt ends with a line break: no tokenizer joins it with the answer's first word.
+    return f"Customer: {opening}{question.format(good=good)}\nClerk:\n"
+
+
+def location(rng: random.Random, good: str, right: float) -> str:
+    aisle = AISLE_OF[good] if rng.random() < right else rng.choice([a for a in AISLES if a != AISLE_OF[good]])
+    return rng.choice(LOCATIONS).format(good=good, aisle=aisle)
+
+
+def answer(rng: random.Random, good: str, right: float = 0.5) -> list[str]:
+    """The sentences of a random answer: an aisle, right with probability `right`, among other sentences."""
+    parts = [location(rng, good, right) if rng.random() < 0.9 else UNSURE]
+    if rng.random() < 0.45:
+        parts.insert(0, rng.choice(POLITE[:3]))
+    if rng.random() < 0.25:
+        parts.insert(rng.randint(0, len(parts)), rng.choice(RUDE))
+    for filler in rng.sample(FILLER, rng.choice([0, 0, 0, 1, 1, 2, 3])):
+        parts.insert(rng.randint(0, len(parts)), filler)
+    if rng.random() < 0.12:
+        parts.append(parts[-1])
+    if rng.random() < 0.25:
+        parts.append(POLITE[3])
+    return parts
+
+
+def edited(rng: random.Random, good: str, parts: list[str]) -> list[str]:
+    """A near copy: one sentence replaced, added or taken away."""
+    parts = list(parts)
+    places = [i for i, part in enumerate(parts) if "isle" in part]
+    kind = rng.random()
+    if kind < 0.55 and places:
+        i = places[0]
+        current = int(re.search(r"\d+", parts[i])[0])
+        wrong = rng.choice([a for a in AISLES if a != AISLE_OF[good]])
+        parts[i] = re.sub(r"\d+", str(wrong if current == AISLE_OF[good] else AISLE_OF[good]), parts[i])
+    elif kind < 0.7:
+        parts.insert(rng.randint(0, len(parts)), rng.choice(RUDE))
+    elif kind < 0.8:
+        parts.insert(rng.randint(0, len(parts)), rng.choice(FILLER))
+    elif kind < 0.9 and len(parts) > 1:
+        parts.pop(rng.randrange(len(parts)))
+    else:
+        parts.append(rng.choice(POLITE))
+    return parts
+
+
+def preference(rng: random.Random, prompt: str, good: str, near_copy: bool) -> dict[str, str]:
+    while True:
+        a = answer(rng, good)
+        b = edited(rng, good, a) if near_copy else answer(rng, good)
+        if rng.random() < 0.5:
+            a, b = b, a
+        a, b = " ".join(a), " ".join(b)
+        if a != b:
+            break
+    a_wins = rng.random() < 1 / (1 + math.exp(gold_score(prompt, b) - gold_score(prompt, a)))
+    chosen, rejected = (a, b) if a_wins else (b, a)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def build() -> dict[str, list[dict]]:
+    """All files: name -> rows. No prompt is in both a train and an eval file."""
+    rng = random.Random(SEED)
+    prompts = [(prompt_text(o, q, g), g) for o in OPENINGS for q in QUESTIONS for g in AISLE_OF]
+    rng.shuffle(prompts)
+    held_out, train = prompts[:48], prompts[48:]
+
+    def pairs(source, count):
+        return [preference(rng, *rng.choice(source), near_copy=i % 2 == 0) for i in range(count)]
+
+    def demonstrations(source, count):  # as good as a crowd's: three of four aisles right, some rude, some rambling
+        chosen = [rng.choice(source) for _ in range(count)]
+        return [{"prompt": p, "completion": " ".join(answer(rng, g, right=0.75))} for p, g in chosen]
+
+    def ranked(prompt, good):
+        responses = list(dict.fromkeys(" ".join(answer(rng, good)) for _ in range(6)))
+        return {"prompt": prompt, "responses": responses, "scores": [gold_score(prompt, r) for r in responses]}
+
+    return {
+        "preference_train.jsonl": pairs(train, 2000),
+        "preference_eval.jsonl": pairs(held_out, 400),
+        "sft_train.jsonl": demonstrations(train, 1000),
+        "sft_eval.jsonl": demonstrations(held_out, 100),
+        "prompts_train.jsonl": [{"prompt": p} for p, _ in train],
+        "prompts_eval.jsonl": [{"prompt": p} for p, _ in held_out],
+        "ranked_eval.jsonl": [ranked(p, g) for p, g in held_out],
+    }
+
+
+def main() -> int:
+    changed = []
+    for name, rows in build().items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path = DATA / name
+        if not path.exists() or path.read_text() != text:
+            changed.append(name)
+            if "--check" not in sys.argv:
+                DATA.mkdir(exist_ok=True)
+                path.write_text(text)
+    print("changed: " + ", ".join(changed) if changed else "data/ is as the generator writes it")
+    return 1 if changed and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
