@@ -54,7 +54,13 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
         values |= {"eval_dataset": "", "ranked_dataset": ""}
     names = {field.name for field in dataclasses.fields(args_class)}
     default = args_class(**{name: value for name, value in values.items() if name in names})
-    return tyro.cli(args_class, default=default, args=argv, use_underscores=True)
+    rank = int(os.environ.get("RANK", 0))  # one usage message, not one for each rank
+    args = tyro.cli(args_class, default=default, args=argv, use_underscores=True, console_outputs=rank == 0)
+    if getattr(args, "model", None) == "" and args.task != "toy":
+        if rank == 0:
+            print(f"--task {args.task} needs --model, the folder or Hub id of the model to start from", file=sys.stderr)
+        sys.exit(2)
+    return args
 
 
 # ---------------------------------------------------------------- process

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -146,7 +147,7 @@ BETAS = {
 
 
 def preset(task: str, constraint: str) -> dict:
-    return {"task": task, "constraint": constraint, **TASKS.get(task, {}), **BETAS.get((task, constraint), {})}
+    return TASKS.get(task, {}) | BETAS.get((task, constraint), {})
 
 
 # ---------------------------------------------------------------- data
@@ -223,75 +224,63 @@ def check_text(where: str, **values) -> None:
             raise common.InputError(f"{where}: {name} is {value!r}, but must be text")
 
 
-def read_pairs(flag: str, name: str, split: str, process: common.Process) -> list[Pair]:
-    """The usable pairs of a data set as text; the others are counted by reason."""
-    pairs, dropped = [], Counter()
-    for number, row in enumerate(common.read_rows(flag, name, split), 1):
+def tokenize(pairs: list[Pair], tokenizer, max_length: int, dropped: Counter) -> list[Pair]:
+    """Fill in the tokens: (BOS,) prompt, response, EOS, each tokenized apart, as generation will see them.
+
+    Returns the pairs that fit; the others are counted in `dropped` by reason.
+    """
+    # BOS only where the tokenizer itself begins a text with it.
+    bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
+    eos = [tokenizer.eos_token_id]
+    texts = [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
+    ids = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    kept = []
+    for pair, prompt, chosen, rejected in zip(pairs, ids[0::3], ids[1::3], ids[2::3], strict=True):
+        prompt = prompt if prompt[:1] == bos else bos + prompt  # neither BOS nor EOS twice
+        chosen, rejected = (response if response[-1:] == eos else response + eos for response in (chosen, rejected))
+        pair.chosen_ids = np.array(prompt + chosen, np.int32)
+        pair.rejected_ids = np.array(prompt + rejected, np.int32)
+        shorter = min(len(pair.chosen_ids), len(pair.rejected_ids))
+        differs = np.flatnonzero(pair.chosen_ids[:shorter] != pair.rejected_ids[:shorter])
+        pair.prefix = int(differs[0]) if len(differs) else shorter - 1
+        if chosen == rejected:
+            dropped["identical responses"] += 1
+        elif max(len(pair.chosen_ids), len(pair.rejected_ids)) > max_length:
+            dropped[f"longer than --max_length {max_length}"] += 1
+        else:
+            kept.append(pair)
+    return kept
+
+
+def read_pairs(flag: str, name: str, split: str, tokenizer, args: Args, process: common.Process) -> list[Pair]:
+    """The usable pairs of a data set with their tokens; the others are counted by reason."""
+    pairs, chunk, dropped = [], [], Counter()
+    rows = common.read_rows(flag, name, split)
+    for number, row in enumerate(rows, 1):
         parsed = parse_pair(row, f"{flag} {name}, row {number}")
         if isinstance(parsed, str):
             dropped[parsed] += 1
         else:
-            pairs.append(Pair(*parsed))
-    report(flag, name, len(pairs), dropped, process)
+            chunk.append(Pair(*parsed))
+        if len(chunk) == 1000 or number == len(rows):  # in chunks: a tokenizer's lists take much more room than arrays
+            pairs, chunk = pairs + tokenize(chunk, tokenizer, args.max_length, dropped), []
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    if not pairs:
+        raise common.InputError(f"{flag} {name}: no usable pair is left ({reasons})")
+    process.print(f"{flag}: {len(pairs)} pairs" + (f"; dropped {dropped.total()}: {reasons}" if dropped else ""))
     return pairs
 
 
-def report(flag: str, name: str, kept: int, dropped: Counter, process: common.Process) -> None:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    if dropped:
-        process.print(f"{flag}: {kept} pairs; dropped {dropped.total()}: {reasons}")
-    if kept == 0:
-        raise common.InputError(f"{flag} {name}: no usable pair is left ({reasons})")
-
-
-def tokenize(pairs: list[Pair], tokenizer, max_length: int) -> tuple[list[Pair], Counter]:
-    """Fill in the tokens: (BOS,) prompt, response, EOS, each tokenized apart, as generation will see them.
-
-    Returns the pairs that fit, and the count of the others by reason.
-    """
-    # BOS only where the tokenizer itself begins a text with it.
-    bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
-    eos = tokenizer.eos_token_id
-    kept, dropped = [], Counter()
-    for start in range(0, len(pairs), 1000):
-        chunk = pairs[start : start + 1000]
-        texts = [text for p in chunk for text in (p.prompt, p.chosen, p.rejected)]
-        ids = tokenizer(texts, add_special_tokens=False).input_ids
-        for pair, prompt, chosen, rejected in zip(chunk, ids[0::3], ids[1::3], ids[2::3], strict=True):
-            prompt = prompt if prompt[: len(bos)] == bos else bos + prompt  # never twice
-            chosen, rejected = (ids if ids[-1:] == [eos] else [*ids, eos] for ids in (chosen, rejected))
-            pair.chosen_ids = np.array(prompt + chosen, np.int32)
-            pair.rejected_ids = np.array(prompt + rejected, np.int32)
-            shorter = min(len(pair.chosen_ids), len(pair.rejected_ids))
-            differs = np.flatnonzero(pair.chosen_ids[:shorter] != pair.rejected_ids[:shorter])
-            pair.prefix = int(differs[0]) if len(differs) else shorter - 1
-            if chosen == rejected:
-                dropped["identical responses"] += 1
-            elif max(len(pair.chosen_ids), len(pair.rejected_ids)) > max_length:
-                dropped[f"longer than --max_length {max_length}"] += 1
-            else:
-                kept.append(pair)
-    return kept, dropped
-
-
 def load_pairs(args: Args, tokenizer, process: common.Process) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on and held-out pairs, with their tokens."""
-    train = read_pairs("--dataset", args.dataset, "train", process)
+    """Pairs to train on, and held-out pairs."""
+    pairs = read_pairs("--dataset", args.dataset, "train", tokenizer, args, process)
     if args.eval_dataset:
-        held_out = read_pairs("--eval_dataset", args.eval_dataset, "test", process)
-    elif args.epochs == 0:
-        train, held_out = [], train  # nothing is trained on: evaluate on all of --dataset
-    else:
-        order = np.random.default_rng(args.seed).permutation(len(train))
-        count = min(500, math.ceil(len(train) / 10))
-        train, held_out = [train[i] for i in order[count:]], [train[i] for i in order[:count]]
-    results = []
-    for flag, pairs in (("--dataset", train), ("--eval_dataset", held_out)):
-        kept, dropped = tokenize(pairs, tokenizer, args.max_length)
-        if pairs:
-            report(flag, args.dataset if flag == "--dataset" else args.eval_dataset, len(kept), dropped, process)
-        results.append(kept)
-    return results[0], results[1]
+        return pairs, read_pairs("--eval_dataset", args.eval_dataset, "test", tokenizer, args, process)
+    if args.epochs == 0:  # nothing is trained on: all are held out
+        return [], pairs
+    order = np.random.default_rng(args.seed).permutation(len(pairs))
+    count = min(500, math.ceil(len(pairs) / 10))
+    return [pairs[i] for i in order[count:]], [pairs[i] for i in order[:count]]
 
 
 def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -395,13 +384,15 @@ def cosine_similarities(pairs: list[Pair], args: Args, process: common.Process) 
 
 def encoder_version(encoder: str, args: Args) -> str:
     """What changes when the encoder does: the Hub's commit, or a digest of the folder's files."""
-    config = transformers.AutoConfig.from_pretrained(encoder, trust_remote_code=args.trust_remote_code)
-    digest = hashlib.sha256(repr(getattr(config, "_commit_hash", None)).encode())
-    for path in sorted(Path(encoder).glob("*")) if Path(encoder).is_dir() else []:
+    if not Path(encoder).is_dir():
+        config = transformers.AutoConfig.from_pretrained(encoder, trust_remote_code=args.trust_remote_code)
+        return f"{encoder}@{config._commit_hash}"
+    digest = hashlib.sha256()
+    for path in sorted(Path(encoder).iterdir()):
         if path.suffix in (".safetensors", ".json", ".txt", ".model"):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-    return encoder if not Path(encoder).is_dir() else digest.hexdigest()
+    return digest.hexdigest()
 
 
 def pair_bounds(pairs: list[Pair], args: Args, epoch: int) -> torch.Tensor | None:
@@ -445,8 +436,6 @@ def load_reward_model(args: Args, tokenizer, config: dict):
     if not hasattr(model, "score") or missing - {"score.weight"}:
         raise common.InputError(f"--model {args.model}: not a decoder with a `score` head; missing {sorted(missing)}")
     if missing:
-        import deepspeed
-
         with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
             if model.score.weight.numel():  # ZeRO-3 shows it to rank 0 alone
                 generator = torch.Generator().manual_seed(args.seed)
@@ -510,41 +499,37 @@ def evaluate(engine, pairs, ranked, args, collator, process) -> tuple[dict, list
         warnings.filterwarnings("ignore", message=".*constant.*")  # then the correlation is NaN, written as null
         metrics["spearman_similarity"] = float(spearmanr(margin, similarity).statistic)
         if ranked:
-            scores = score_pairs(engine, [p for prompt in ranked for p in prompt[0]], args, collator, process)
-            scores = scores.T.flatten().numpy()  # in the order of the responses
-            spearman, kendall, start = [], [], 0
-            for prompt_pairs, gold in ranked:
-                own = scores[start : start + len(gold)]
-                start += 2 * len(prompt_pairs)
-                spearman.append(spearmanr(own, gold).statistic)
-                kendall.append(kendalltau(own, gold).statistic)
-            metrics["ranked_spearman"] = float(np.nanmean(spearman))
-            metrics["ranked_kendall"] = float(np.nanmean(kendall))
+            scores = score_pairs(engine, [p for prompt_pairs, _ in ranked for p in prompt_pairs], args, collator, process)
+            scores = iter(scores.T.tolist())  # two responses at a time
+            own = [[score for _ in prompt_pairs for score in next(scores)] for prompt_pairs, _ in ranked]
+            for name, correlation in (("spearman", spearmanr), ("kendall", kendalltau)):
+                each = [correlation(mine[: len(human)], human).statistic for mine, (_, human) in zip(own, ranked)]
+                metrics[f"ranked_{name}"] = float(np.nanmean(each))
     columns = dict(chosen_score=chosen, rejected_score=rejected, margin=margin, similarity=similarity, bound=bound)
     lines = [dict(zip(columns, values)) for values in zip(*(c.tolist() for c in columns.values()))]
     return metrics, lines
 
 
 def read_ranked(args: Args, tokenizer, process: common.Process) -> list[tuple[list[Pair], list[float]]]:
-    """Per prompt with more than two responses: the responses, two by two as pairs, and their human scores."""
-    ranked = []
-    flag = "--ranked_dataset"
-    for number, row in enumerate(common.read_rows(flag, args.ranked_dataset, "test") if args.ranked_dataset else [], 1):
+    """For each prompt with more than two responses: the responses, two by two as pairs, and their human scores."""
+    if not args.ranked_dataset:
+        return []
+    ranked, flag = [], "--ranked_dataset"
+    rows = common.read_rows(flag, args.ranked_dataset, "test")
+    for number, row in enumerate(rows, 1):
         where = f"{flag} {args.ranked_dataset}, row {number}"
         if not {"prompt", "responses", "scores"} <= row.keys():
             raise common.InputError(f"{where}: the columns are {', '.join(row)}, but must be prompt/responses/scores")
-        responses, scores = row["responses"], row["scores"]
+        prompt, responses, scores = row["prompt"], list(row["responses"]), list(row["scores"])
+        check_text(where, prompt=prompt, **{f"responses[{i}]": response for i, response in enumerate(responses)})
         if len(responses) != len(scores):
             raise common.InputError(f"{where}: {len(responses)} responses, but {len(scores)} scores")
-        check_text(where, prompt=row["prompt"], **{f"responses[{i}]": r for i, r in enumerate(responses)})
-        pairs = [Pair(row["prompt"], *responses[i : i + 2]) for i in range(0, len(responses) - 1, 2)]
-        if len(responses) % 2:
-            pairs.append(Pair(row["prompt"], responses[-1], responses[0]))
-        kept, _ = tokenize(pairs, tokenizer, args.max_length)
+        padded = responses + responses[:1] * (len(responses) % 2)
+        pairs = [Pair(prompt, a, b) for a, b in zip(padded[0::2], padded[1::2])]
+        kept = tokenize(pairs, tokenizer, args.max_length, Counter())
         if len(responses) > 2 and len(kept) == len(pairs):
             ranked.append((pairs, scores))
-    if args.ranked_dataset and len(ranked) < number:
-        process.print(f"{flag}: {len(ranked)} of {number} prompts (more than two different responses, none too long)")
+    process.print(f"{flag}: {len(ranked)} of {len(rows)} prompts (more than two responses, all different, none too long)")
     return ranked
 
 

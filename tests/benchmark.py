@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ def tldr_like(count: int) -> list[dict]:
     def text(low, high):
         return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
 
-    return [{"prompt": text(200, 330) + "\n", "chosen": text(18, 34), "rejected": text(18, 34)} for _ in range(count)]
+    return [{"prompt": text(250, 360) + "\n", "chosen": text(18, 34), "rejected": text(18, 34)} for _ in range(count)]
 
 
 def prepare(args, folder: Path) -> None:
@@ -59,17 +60,16 @@ def prepare(args, folder: Path) -> None:
     rows = list(common.read_rows("--data", args.data, "train")) if args.data else tldr_like(2 * args.pairs)
     pairs = [reward.Pair(*p) for p in (reward.parse_pair(row, "") for row in rows) if not isinstance(p, str)]
     random.Random(0).shuffle(pairs)
-    pairs, _ = reward.tokenize(pairs[: 2 * args.pairs], tokenizer, args.max_length)
+    pairs = reward.tokenize(pairs[: 2 * args.pairs], tokenizer, args.max_length, Counter())
     pairs = pairs[: args.pairs // args.batch * args.batch]
     with open(folder / "pairs.jsonl", "w") as file:
         for p in pairs:
             file.write(json.dumps({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}) + "\n")
     (folder / "eval.jsonl").write_text("".join((folder / "pairs.jsonl").read_text().splitlines(True)[:8]))
-    lengths = [len(p.prompt) for p in pairs]
     tokens = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     (folder / "facts.json").write_text(json.dumps({"pairs": len(pairs), "tokens": tokens}))
     print(f"{len(pairs)} pairs, {tokens} useful tokens, {statistics.mean(p.prefix for p in pairs):.0f} in the prefix, "
-          f"{statistics.mean(max(p.branch_lengths) for p in pairs):.0f} in the longer response; {len(lengths)} prompts")
+          f"{statistics.mean(max(p.branch_lengths) for p in pairs):.0f} in the longer response")
 
 
 def ours(args, folder: Path, constraint: str) -> float:
@@ -104,7 +104,7 @@ def padded(args, folder: Path, facts: dict) -> float:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model", dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     pairs = [reward.Pair(**json.loads(line)) for line in open(folder / "pairs.jsonl")]
-    reward.tokenize(pairs, tokenizer, args.max_length)
+    reward.tokenize(pairs, tokenizer, args.max_length, Counter())
     tokens, since = 0, None
     for start in range(0, len(pairs), args.batch):
         batch = pairs[start : start + args.batch]
