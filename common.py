@@ -110,7 +110,8 @@ def start(seed: int) -> Process:
     else:
         device = torch.device("cpu")
         deepspeed.ops.__compatible_ops__ = {}  # else init_distributed compiles a C++ all-reduce, for over a minute
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
         keep_freed_memory()
     deepspeed.init_distributed(verbose=False)
     transformers.set_seed(seed)

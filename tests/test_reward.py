@@ -329,4 +329,4 @@ def test_embedded_pairs_span_the_method(tokenizer):
 def test_every_flag_is_read():
     source = open(reward.__file__).read() + open(common.__file__).read()
     unread = [f.name for f in dataclasses.fields(reward.Args) if not re.search(rf"args\.{f.name}\b", source)]
-    assert unread == ["task", "local_rank"] or unread == ["local_rank"]
+    assert unread == ["local_rank"]
