@@ -7,6 +7,7 @@ load_model, make_engine, Metrics, save_model. Errors that the user can mend are 
 import argparse
 import ctypes
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -42,16 +43,18 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
     """Flags over the task's values over the dataclass's own.
 
     --task and --constraint are read first, and `preset(task, constraint)` gives what they set; these values are the
-    defaults that tyro then sees, so that `--help` shows them and every flag on the command line wins. A --dataset of
-    the user's own cancels the evaluation data that belongs to the task's.
+    defaults that tyro then sees, so that `--help` shows them and every flag on the command line wins. A --dataset or
+    --eval_dataset of the user's own cancels the evaluation data that belongs to the task's.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--task", "--constraint", "--dataset"):
+    for flag in ("--task", "--constraint", "--dataset", "--eval_dataset"):
         first.add_argument(flag)
     given, _ = first.parse_known_args(argv)
     values = preset(given.task or "toy", given.constraint or "none")
     if given.dataset is not None:
         values |= {"eval_dataset": "", "ranked_dataset": ""}
+    if given.eval_dataset is not None:
+        values |= {"ranked_dataset": ""}
     names = {field.name for field in dataclasses.fields(args_class)}
     default = args_class(**{name: value for name, value in values.items() if name in names})
     rank = int(os.environ.get("RANK", 0))  # one usage message, not one for each rank
@@ -61,6 +64,22 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
             print(f"--task {args.task} needs --model, the folder or Hub id of the model to start from", file=sys.stderr)
         sys.exit(2)
     return args
+
+
+def check_flags(args) -> None:
+    """InputError for a value out of range, and for results that must not be replaced; before any work."""
+    least = dict(max_length=1, epochs=0, max_steps=0, micro_batch_size=1, global_batch_size=1, warmup_steps=0, seed=0,
+                 log_every=1, eval_every=0, learning_rate=0, weight_decay=0)
+    for name, minimum in least.items():
+        if not minimum <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name} is {getattr(args, name)}, but must be at least {minimum}")
+    if not args.output_dir:
+        return
+    folder = Path(args.output_dir)
+    if not args.overwrite and any((folder / name).exists() for name in ("eval.jsonl", "model")):
+        raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
+    if args.model and (folder / "model").resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents):
+        raise InputError(f"--output_dir {folder} holds --model {args.model} itself: choose another folder")
 
 
 # ---------------------------------------------------------------- process
@@ -85,7 +104,7 @@ def run(main, args) -> None:
         rank = int(os.environ.get("RANK", 0))
         if rank:  # rank 0 says what all ranks found; the launcher ends this one meanwhile, unless it stands alone
             time.sleep(3)
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)  # clears a progress bar before it
         sys.exit(1)
     finally:
         if dist.is_initialized():
@@ -96,7 +115,7 @@ def start(seed: int) -> Process:
     """Join the process group of the deepspeed launcher or torchrun, or be the only process under plain Python."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
         for name, value in {**alone, "MASTER_PORT": free.getsockname()[1]}.items():
             os.environ.setdefault(name, str(value))
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -111,9 +130,11 @@ def start(seed: int) -> Process:
         device = torch.device("cpu")
         deepspeed.ops.__compatible_ops__ = {}  # else init_distributed compiles a C++ all-reduce, for over a minute
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+        local_ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1  # deepspeed's, torchrun's
+        torch.set_num_threads(max(1, cores // int(local_ranks)))
         keep_freed_memory()
-    deepspeed.init_distributed(verbose=False)
+    # Ranks wait for rank 0 where it alone works; DeepSpeed's own limit is ten minutes.
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))
     transformers.set_seed(seed)
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
@@ -135,6 +156,8 @@ def on_rank_0(process: Process, function):
             box[0] = function()
         except InputError as error:
             box[1] = str(error)
+        except OSError as error:  # no room, no permission
+            box[1] = f"{error.filename}: {error.strerror}"
     dist.broadcast_object_list(box, src=0, device=process.device)
     if box[1] is not None:
         raise InputError(box[1])
@@ -233,18 +256,14 @@ def open_output(args, process: Process, script: str) -> Path:
     def make() -> str:
         name = "-".join(filter(None, (script, getattr(args, "constraint", ""), time.strftime("%Y%m%d-%H%M%S"))))
         path = Path(args.output_dir or Path("runs") / name)
-        if (path / "eval.jsonl").exists():
-            if not args.overwrite:
-                raise InputError(f"--output_dir {path} holds a finished run: choose another, or pass --overwrite")
-            for old in path.iterdir():  # what the scripts write, and nothing else
-                if old.name in ("args.json", "metrics.jsonl", "eval.jsonl", "margins.png"):
-                    old.unlink()
-                elif old.name in ("model", "tensorboard"):
-                    shutil.rmtree(old)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output_dir {path}: {error.strerror}") from error
+        path.mkdir(parents=True, exist_ok=True)
+        check_flags(args)  # once more: another run may have finished there meanwhile
+        ours = list(path.iterdir()) if (path / "args.json").exists() or args.overwrite else []
+        for old in ours:  # of a run that was cut off or is replaced: what the scripts write, and nothing else
+            if old.name in ("args.json", "metrics.jsonl", "eval.jsonl", "margins.png"):
+                old.unlink()
+            elif old.name in ("model", "tensorboard"):
+                shutil.rmtree(old)
         args.output_dir = str(path)
         write_file(path / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
         return str(path)
@@ -395,6 +414,10 @@ def load_model(auto_class, path: str, args, engine_config: dict, **config_values
         raise model_error("model", path, error) from error
     finally:
         del sharding
+    rows = model.get_input_embeddings().num_embeddings
+    if config_values.get("pad_token_id", 0) >= rows:
+        raise InputError(f"{path}: padding token {config_values['pad_token_id']} is outside the model's {rows} embeddings: "
+                         "set `pad_token` in its tokenizer_config.json to an unused token that the model has")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, info
@@ -402,16 +425,14 @@ def load_model(auto_class, path: str, args, engine_config: dict, **config_values
 
 def model_error(what: str, path: str, error: Exception) -> InputError:
     folder = Path(path)
-    if not folder.exists() and ("/" not in path or path.startswith((".", "/", "~")) or path.count("/") > 1):
-        reason = "there is no such folder"
-    elif folder.is_dir() and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
+    if folder.is_dir() and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
         reason = "only pickled weights, which can run code when loaded: convert them to safetensors first"
     elif "trust_remote_code" in str(error):
         reason = "it needs code of its own: read that code, then pass --trust_remote_code"
     else:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if not folder.exists():
-            reason += ". If the Hub cannot be reached, download the model and pass its folder"
+            reason = f"there is no such folder, nor could the Hub give it; download it and pass its folder ({reason})"
     return InputError(f"cannot load the {what} {path}: {reason}")
 
 
@@ -419,7 +440,7 @@ def engine_config(args, accumulation: int) -> dict:
     """The DeepSpeed configuration of one engine."""
     if args.offload and args.zero_stage == 0:
         raise InputError("--offload moves ZeRO's shards to the CPU: it needs --zero_stage 1, 2 or 3")
-    zero = {"stage": args.zero_stage, "stage3_gather_16bit_weights_on_model_save": True}
+    zero = {"stage": args.zero_stage}
     if args.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         if args.zero_stage == 3:
@@ -431,14 +452,18 @@ def engine_config(args, accumulation: int) -> dict:
         "bf16": {"enabled": args.dtype == "bf16"},
         "fp16": {"enabled": args.dtype == "fp16"},
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloading too, and compiles nothing
         "steps_per_print": 1 << 30,
     }
 
 
-def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int):
-    """A DeepSpeed engine with AdamW (0.9, 0.95), a cosine schedule, and no weight decay on biases and norm weights."""
+def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, process: Process):
+    """A DeepSpeed engine with AdamW (0.9, 0.95), a cosine schedule, and no weight decay on biases and norm weights.
+
+    With no steps to run, what evaluates the module without room for an optimizer: at ZeRO-3 an engine, else itself.
+    """
+    if total_steps == 0:
+        return deepspeed.initialize(model=module, config=config)[0] if args.zero_stage == 3 else module.to(process.device)
     decayed, plain = [], []
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -446,7 +471,7 @@ def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int):
             (decayed if len(shape) > 1 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, max(1, total_steps))
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)
     return engine
 
@@ -469,8 +494,12 @@ def optimizer_step(engine, args, step: int, losses: list[torch.Tensor]) -> float
         if not math.isfinite(norm):
             raise InputError(f"step {step}: the gradient is not finite, and no weight was changed: {remedy}")
     skipped = engine.skipped_steps
-    engine.step()
-    # fp16 skips on purpose while its loss scale settles, and DeepSpeed raises where that has no end.
+    try:
+        engine.step()
+    except Exception as error:  # fp16 skips steps while its loss scale settles; DeepSpeed's answer where that has no end
+        if "loss scale" not in str(error):
+            raise
+        raise InputError(f"step {step}: {error} {remedy}") from error
     if engine.skipped_steps > skipped and args.dtype != "fp16":
         raise InputError(f"step {step}: the gradient is not finite, and DeepSpeed skipped the step: {remedy}")
     norm = engine.get_global_grad_norm() if norm is None else norm

@@ -6,7 +6,7 @@
 
 1 process     deepspeed reward.py --constraint cos_sim                        (also: python reward.py ...)
 8 GPUs        deepspeed --num_gpus 8 reward.py --task alpaca --constraint cos_sim --model <SFT model>
-evaluate      python reward.py --epochs 0 --model <reward model> --dataset pairs.jsonl
+evaluate      python reward.py --epochs 0 --model <reward model> --eval_dataset pairs.jsonl
 
 Input: preference pairs (JSON, JSONL, Parquet, a folder, a Hub id) with the columns prompt/chosen/rejected, or
 instruction/input/output_1/output_2/preference (AlpacaFarm), or info/summaries/choice (summarize_from_feedback).
@@ -193,10 +193,10 @@ def parse_pair(row: dict, where: str) -> tuple[str, str, str] | str:
         question = instruction if instruction.endswith(extra) else instruction + extra
         prompt = f"\n\nHuman: {question}\n\nAssistant: "
     elif {"info", "summaries", "choice"} <= row.keys():
-        post, choice = (row["info"] or {}).get("post"), row["choice"]
-        if choice not in (0, 1) or len(row["summaries"] or ()) != 2:
-            raise common.InputError(f"{where}: choice is {choice!r}, but must be 0 or 1, one of two summaries")
-        chosen, rejected = row["summaries"][choice]["text"], row["summaries"][1 - choice]["text"]
+        choice, two = row["choice"], [s.get("text") for s in row["summaries"] or () if isinstance(s, dict)]
+        if choice not in (0, 1) or len(two) != 2 or not isinstance(row["info"], dict):
+            raise common.InputError(f"{where}: info must hold a post, choice (here {choice!r}) be 0 or 1, one of two summaries")
+        post, chosen, rejected = row["info"].get("post"), two[int(choice)], two[1 - int(choice)]
         check_text(where, post=post)
         if post is None:  # a news article, not from Reddit
             return "missing text"
@@ -272,15 +272,15 @@ def read_pairs(flag: str, name: str, split: str, tokenizer, args: Args, process:
 
 
 def load_pairs(args: Args, tokenizer, process: common.Process) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on, and held-out pairs."""
-    pairs = read_pairs("--dataset", args.dataset, "train", tokenizer, args, process)
+    """Pairs to train on, none with --epochs 0, and held-out pairs."""
+    pairs = []
+    if args.epochs or not args.eval_dataset:
+        pairs = read_pairs("--dataset", args.dataset, "train", tokenizer, args, process)
     if args.eval_dataset:
         return pairs, read_pairs("--eval_dataset", args.eval_dataset, "test", tokenizer, args, process)
-    if args.epochs == 0:  # nothing is trained on: all are held out
-        return [], pairs
     order = np.random.default_rng(args.seed).permutation(len(pairs))
     count = min(500, math.ceil(len(pairs) / 10))
-    return [pairs[i] for i in order[count:]], [pairs[i] for i in order[:count]]
+    return [pairs[i] for i in order[count:] if args.epochs], [pairs[i] for i in order[:count]]
 
 
 def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -352,40 +352,50 @@ def can_share_prefix(model, max_length: int) -> bool:
 
 
 def similarities(pairs: list[Pair], args: Args, process: common.Process) -> torch.Tensor:
-    """How alike the responses of each pair are, (n,) in (0, 1]: once, before training."""
-    if args.constraint == "cos_sim":
-        return common.on_rank_0(process, lambda: cosine_similarities(pairs, args, process))
-    return length_ratio(*torch.tensor([p.branch_lengths for p in pairs]).unbind(1))  # none and controls: a diagnostic
-
-
-def cosine_similarities(pairs: list[Pair], args: Args, process: common.Process) -> torch.Tensor:
-    """The angular similarity of prompt + chosen and prompt + rejected under the encoder; cached on disk by content."""
+    """How alike the responses of each pair are, (n,) in (0, 1]: once, before training, cached on disk by content."""
+    if args.constraint != "cos_sim":  # for none and the controls a diagnostic
+        return length_ratio(*torch.tensor([p.branch_lengths for p in pairs]).unbind(1))
     encoder = args.encoder or args.model
-    texts = [p.prompt + response for p in pairs for response in (p.chosen, p.rejected)]  # 2n
+    texts = [p.prompt + response for p in pairs for response in (p.chosen, p.rejected)]  # 2n: chosen, rejected, chosen ...
     try:
-        key = hashlib.sha256(json.dumps([encoder_version(encoder, args), args.encoder_pooling, texts]).encode())
-        cached = common.cache_root() / "similarity" / f"{key.hexdigest()}.npy"
-        if cached.exists():
-            return torch.from_numpy(np.load(cached))
-        progress = functools.partial(tqdm, desc="similarity", unit="batch", leave=False)
+        content = [encoder_version(encoder, args.trust_remote_code), args.encoder_pooling, texts]
+        name = hashlib.sha256(json.dumps(content).encode()).hexdigest() + ".npy"
+        cached = common.cache_root() / "similarity" / name
+        found = common.on_rank_0(process, lambda: np.load(cached) if cached.exists() else None)
+        if found is not None:
+            return torch.from_numpy(found)
+        own = [text for i, text in enumerate(texts) if i // 2 % process.world_size == process.rank]
+        progress = functools.partial(tqdm, desc="similarity", unit="batch", disable=process.rank > 0)
         embeddings = encode_texts(
-            texts, encoder, args.encoder_pooling, device=process.device, trust_remote_code=args.trust_remote_code,
+            own, encoder, args.encoder_pooling, device=process.device, trust_remote_code=args.trust_remote_code,
             progress=progress,
         )
-        similarity = cosine_similarity(embeddings[0::2], embeddings[1::2])  # n
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        own_similarity = cosine_similarity(embeddings[0::2], embeddings[1::2])  # n / ranks
+    except common.InputError:
+        raise
+    except Exception as error:  # of the encoder's loading, by what is missing, and of its embeddings
         raise common.model_error("encoder", encoder, error) from error
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    part = cached.with_suffix(f".{time.time_ns()}.part.npy")
-    np.save(part, similarity.numpy())
-    part.replace(cached)
+    parts = [None] * process.world_size
+    dist.all_gather_object(parts, own_similarity)
+    similarity = torch.empty(len(pairs))  # n
+    for rank, part in enumerate(parts):
+        similarity[rank :: process.world_size] = part
+
+    def save() -> None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        part = cached.with_name(f"{time.time_ns()}.part.npy")
+        np.save(part, similarity.numpy())
+        part.replace(cached)
+
+    common.on_rank_0(process, save)
     return similarity
 
 
-def encoder_version(encoder: str, args: Args) -> str:
+@functools.cache
+def encoder_version(encoder: str, trust_remote_code: bool) -> str:
     """What changes when the encoder does: the Hub's commit, or a digest of the folder's files."""
     if not Path(encoder).is_dir():
-        config = transformers.AutoConfig.from_pretrained(encoder, trust_remote_code=args.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(encoder, trust_remote_code=trust_remote_code)
         return f"{encoder}@{config._commit_hash}"
     digest = hashlib.sha256()
     for path in sorted(Path(encoder).iterdir()):
@@ -437,10 +447,8 @@ def load_reward_model(args: Args, tokenizer, config: dict):
         raise common.InputError(f"--model {args.model}: not a decoder with a `score` head; missing {sorted(missing)}")
     if missing:
         with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
-            if model.score.weight.numel():  # ZeRO-3 shows it to rank 0 alone
-                generator = torch.Generator().manual_seed(args.seed)
-                head = torch.randn(model.score.weight.shape, generator=generator)
-                model.score.weight.data.copy_(head * model.config.get_text_config().initializer_range)
+            head = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(args.seed))
+            model.score.weight.data.copy_(head * model.config.get_text_config().initializer_range)
     return model
 
 
@@ -495,6 +503,7 @@ def evaluate(engine, pairs, ranked, args, collator, process) -> tuple[dict, list
     similarity = torch.tensor([p.similarity for p in pairs])
     longer = np.sign([len(p.chosen_ids) - len(p.rejected_ids) for p in pairs])
     metrics["length_accuracy"] = float((longer + 1).mean() / 2)  # a tie counts half
+    metrics |= {"ranked_spearman": None, "ranked_kendall": None}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*constant.*")  # then the correlation is NaN, written as null
         metrics["spearman_similarity"] = float(spearmanr(margin, similarity).statistic)
@@ -520,16 +529,18 @@ def read_ranked(args: Args, tokenizer, process: common.Process) -> list[tuple[li
         where = f"{flag} {args.ranked_dataset}, row {number}"
         if not {"prompt", "responses", "scores"} <= row.keys():
             raise common.InputError(f"{where}: the columns are {', '.join(row)}, but must be prompt/responses/scores")
-        prompt, responses, scores = row["prompt"], list(row["responses"]), list(row["scores"])
-        check_text(where, prompt=prompt, **{f"responses[{i}]": response for i, response in enumerate(responses)})
-        if len(responses) != len(scores):
-            raise common.InputError(f"{where}: {len(responses)} responses, but {len(scores)} scores")
+        prompt, *lists = row["prompt"], row["responses"], row["scores"]
+        responses, scores = (list(values) if isinstance(values, list) else [None] for values in lists)
+        numbers = [isinstance(score, int | float) and math.isfinite(score) for score in scores]
+        strings = [isinstance(text, str) for text in (prompt, *responses)]
+        if not all(numbers + strings) or len(responses) != len(scores):
+            raise common.InputError(f"{where}: prompt must be text, responses a list of texts, scores a number for each")
         padded = responses + responses[:1] * (len(responses) % 2)
         pairs = [Pair(prompt, a, b) for a, b in zip(padded[0::2], padded[1::2])]
         kept = tokenize(pairs, tokenizer, args.max_length, Counter())
         if len(responses) > 2 and len(kept) == len(pairs):
             ranked.append((pairs, scores))
-    process.print(f"{flag}: {len(ranked)} of {len(rows)} prompts (more than two responses, all different, none too long)")
+    process.print(f"{flag}: {len(ranked)} of {len(rows)} prompts have more than two responses, none too long")
     return ranked
 
 
@@ -542,17 +553,14 @@ def plot_margins(lines: list[dict], args: Args, path: Path) -> None:
 
     similarity, margin = (np.array([line[name] for line in lines]) for name in ("similarity", "margin"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, width_ratios=(2, 1), layout="constrained")
-    left.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0)
+    left.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0, label="margin m")
     left.axhline(0, color="0.6", linewidth=0.8)
     if args.constraint in ("len_rat", "cos_sim"):
         curve = np.linspace(similarity.min(), 1, 200)
         left.plot(curve, args.beta1 / (curve + args.beta2) + args.beta3, color="C3", label="bound δ*(s)")
-    elif args.constraint == "fixed":
-        left.axhline(args.fixed_bound, color="C3", label="bound")
-    elif args.constraint == "random":
-        left.axhspan(args.random_low, args.random_high, color="C3", alpha=0.3, label="range of bounds")
-    if args.constraint != "none":
-        left.legend()
+    elif args.constraint != "none":
+        left.scatter(similarity, [line["bound"] for line in lines], s=3, color="C3", label="bound")
+    left.legend()
     top = max(margin.max(), 6)
     left.set(
         xlabel="similarity s (cosine, angular)" if args.constraint == "cos_sim" else "similarity s (length ratio)",
@@ -571,6 +579,7 @@ def main(args: Args) -> None:
     process = common.start(args.seed)
     accumulation = common.accumulation_steps(args, process)
     config = common.engine_config(args, accumulation)
+    common.check_flags(args)
     args.model = args.model or common.on_rank_0(process, common.toy_model)
 
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
@@ -590,7 +599,7 @@ def main(args: Args) -> None:
 
     model = load_reward_model(args, tokenizer, config)
     share_prefix = can_share_prefix(model, args.max_length)
-    engine = common.make_engine(Scorer(model), args, config, total_steps)
+    engine = common.make_engine(Scorer(model), args, config, total_steps, process)
     collator = functools.partial(
         collate, pad_token_id=tokenizer.pad_token_id, share_prefix=share_prefix, device=process.device
     )
@@ -605,13 +614,11 @@ def main(args: Args) -> None:
 
     lines = evaluate_now(0)
     lengths = np.array([p.row_length for p in train_pairs])
-    step, history, tokens, since = 0, [], 0, time.perf_counter()
+    step, history, rates, norms, tokens, since = 0, [], [], [], 0, time.perf_counter()
     for epoch in range(args.epochs):
         bounds = pair_bounds(train_pairs, args, epoch)  # n
         bounds = None if bounds is None else bounds.to(process.device)
-        for batch in global_batches(lengths, args.global_batch_size, args.seed, epoch):
-            if step == total_steps:
-                break
+        for batch in global_batches(lengths, args.global_batch_size, args.seed, epoch)[: total_steps - step]:
             step += 1
             losses = []
             for i, ranks in enumerate(batch.reshape(accumulation, process.world_size, -1)):
@@ -627,8 +634,8 @@ def main(args: Args) -> None:
                 history.append(torch.stack([chosen, rejected, bound, loss, rank_loss]).detach())  # 5 B
                 if i < accumulation - 1:
                     engine.step()  # counts the micro batch
-            lr = engine.get_lr()[0]
-            grad_norm = common.optimizer_step(engine, args, step, losses)
+            rates.append(engine.get_lr()[0])
+            norms.append(common.optimizer_step(engine, args, step, losses))
             tokens += sum(len(train_pairs[i].chosen_ids) + len(train_pairs[i].rejected_ids) for i in batch)
             metrics.bar.update()
 
@@ -640,11 +647,11 @@ def main(args: Args) -> None:
                 values = {k: v if v is None else float(np.mean([m[k] for m in means])) for k, v in means[0].items()}
                 seconds = time.perf_counter() - since
                 values |= {
-                    "lr": lr, "grad_norm": grad_norm, "pairs_per_s": len(records) * args.global_batch_size / seconds,
-                    "tokens_per_s": tokens / seconds,
+                    "lr": float(np.mean(rates)), "grad_norm": float(np.mean(norms)),
+                    "pairs_per_s": len(records) * args.global_batch_size / seconds, "tokens_per_s": tokens / seconds,
                 }
                 metrics.write(step, "train", values)
-                history, tokens, since = [], 0, time.perf_counter()
+                history, rates, norms, tokens, since = [], [], [], 0, time.perf_counter()
             if args.eval_every and step % args.eval_every == 0 and step < total_steps:
                 paused = time.perf_counter()
                 evaluate_now(step)

@@ -84,7 +84,8 @@ def test_loss_is_stable(dtype):
     loss = constrained_ranking_loss(margin, bound)
     loss.sum().backward()
     assert loss.dtype == dtype
-    assert loss[:2].tolist() == pytest.approx([9995.0, 10000.0], rel=1e-2)
+    # bf16 has 8 significant bits: near 1e4 it steps by 64.
+    assert loss[:2].tolist() == pytest.approx([9995.0, 10000.0], abs=64 if dtype == torch.bfloat16 else 1e-2)
     assert margin.grad[:2].tolist() == [1.0, -1.0]
     assert margin.grad.isfinite().all()
 

@@ -275,6 +275,8 @@ def test_flags_win_over_the_task():
     assert (args.dataset, args.eval_dataset, args.ranked_dataset) == ("x.jsonl", "", "")  # the task's own is cancelled
     args = common.parse_args(reward.Args, reward.preset, ["--dataset", "x.jsonl", "--eval_dataset", "y.jsonl"])
     assert (args.eval_dataset, args.ranked_dataset) == ("y.jsonl", "")
+    args = common.parse_args(reward.Args, reward.preset, ["--eval_dataset", "y.jsonl"])
+    assert args.dataset.endswith("preference_train.jsonl") and args.ranked_dataset == ""
 
 
 def test_schedule_and_optimizer(process, toy):
@@ -282,7 +284,7 @@ def test_schedule_and_optimizer(process, toy):
     args = reward.Args(model=toy, learning_rate=1.0, weight_decay=0.1, micro_batch_size=1, global_batch_size=1)
     config = common.engine_config(args, 1)
     model = reward.load_reward_model(args, common.load_tokenizer(toy, False), config)
-    engine = common.make_engine(reward.Scorer(model), args, config, 4)
+    engine = common.make_engine(reward.Scorer(model), args, config, 4, process)
     assert [engine.lr_scheduler.lr_lambdas[0](i) for i in range(5)] == pytest.approx(
         [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)]
     )

@@ -18,7 +18,7 @@ import common
 import reward
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["--max_steps", "3", "--log_every", "1", "--micro_batch_size", "8", "--global_batch_size", "16"]
+SHORT = ["--max_steps", "3", "--log_every", "1", "--micro_batch_size", "4", "--global_batch_size", "16"]
 TRAIN_KEYS = {
     "step", "split", "loss", "rank_loss", "constraint_loss", "accuracy", "margin_mean", "margin_std", "margin_max",
     "bound_mean", "over_bound", "chosen_score", "rejected_score", "score_std", "lr", "grad_norm", "pairs_per_s",
@@ -119,9 +119,11 @@ def test_the_saved_model_gives_the_scores_of_training(train, tmp_path, tokenizer
     scores = [result["score"] for result in transformers.pipeline("text-classification", str(folder))(texts)]
     assert torch.allclose(torch.tensor(scores), expected, atol=1e-4)
 
-    # An earlier reward model goes on from its own head; --epochs 0 evaluates all of --dataset and writes no model.
-    train("--model", str(folder), "--epochs", "0", "--dataset", str(common.DATA / "preference_eval.jsonl"),
+    # An earlier reward model goes on from its own head; --epochs 0 evaluates only and writes no model.
+    train("--model", str(folder), "--epochs", "0", "--eval_dataset", str(common.DATA / "preference_eval.jsonl"),
           "--output_dir", str(tmp_path / "again"))
+    (metrics,) = lines(tmp_path / "again" / "metrics.jsonl")
+    assert set(metrics) == EVAL_KEYS and metrics["ranked_spearman"] is None  # data of one's own: not the task's ranked ones
     again = lines(tmp_path / "again" / "eval.jsonl")
     assert len(again) == 400 and not (tmp_path / "again" / "model").exists()
     assert again[5]["margin"] == pytest.approx(logged[5]["margin"], abs=1e-4)
@@ -133,7 +135,7 @@ def test_similarity_is_cached_and_stays_with_its_pair(train, tmp_path, monkeypat
     found = []
     for name, order in (("a", rows), ("b", rows[::-1])):
         (tmp_path / f"{name}.jsonl").write_text("".join(order))
-        train("--constraint", "cos_sim", "--epochs", "0", "--dataset", str(tmp_path / f"{name}.jsonl"),
+        train("--constraint", "cos_sim", "--epochs", "0", "--eval_dataset", str(tmp_path / f"{name}.jsonl"),
               "--output_dir", str(tmp_path / name))
         found.append([line["similarity"] for line in lines(tmp_path / name / "eval.jsonl")])
     assert found[0] == pytest.approx(found[1][::-1], abs=1e-6) and len(set(found[0])) > 30
@@ -142,9 +144,32 @@ def test_similarity_is_cached_and_stays_with_its_pair(train, tmp_path, monkeypat
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(reward, "encode_texts", fail)
-    train("--constraint", "cos_sim", "--epochs", "0", "--dataset", str(tmp_path / "a.jsonl"),
+    train("--constraint", "cos_sim", "--epochs", "0", "--eval_dataset", str(tmp_path / "a.jsonl"),
           "--output_dir", str(tmp_path / "c"))
     assert [line["similarity"] for line in lines(tmp_path / "c" / "eval.jsonl")] == found[0]
+
+
+def test_each_training_pair_meets_its_own_bound(train, tmp_path, monkeypatch):
+    """METHOD: the bound of a pair is that of its own similarity, in whatever order and micro batch it comes."""
+    similarities, bounds = [], []
+    collate, loss = reward.collate, reward.constrained_ranking_loss
+
+    def spy_collate(pairs, **rest):
+        similarities.append([p.similarity for p in pairs])
+        return collate(pairs, **rest)
+
+    def spy_loss(margin, bound=None):
+        if margin.requires_grad and bound is not None:
+            bounds.append((similarities[-1], bound.tolist()))
+        return loss(margin, bound)
+
+    monkeypatch.setattr(reward, "collate", spy_collate)
+    monkeypatch.setattr(reward, "constrained_ranking_loss", spy_loss)
+    train("--constraint", "len_rat", "--output_dir", str(tmp_path / "out"), *SHORT)
+    assert len(bounds) == 12  # 3 steps of 4 micro batches
+    for similarity, bound in bounds:
+        assert len(set(similarity)) > 1
+        assert bound == pytest.approx([20 / (s + 0.001) - 15 for s in similarity], rel=1e-5)
 
 
 def test_held_out_by_seed(train, tmp_path, process, tokenizer):
@@ -155,6 +180,8 @@ def test_held_out_by_seed(train, tmp_path, process, tokenizer):
         args = reward.Args(dataset=data, eval_dataset="", seed=seed)
         kept, held_out = reward.load_pairs(args, tokenizer, process)
         assert len(held_out) == 40 and len(kept) == 360
+        assert not {id(p) for p in kept} & {id(p) for p in held_out}
+        assert len({p.prompt + p.chosen + p.rejected for p in kept + held_out}) > 390  # 400 rows, some of them alike
         splits.append([p.prompt + p.chosen for p in held_out])
     assert splits[0] == splits[1] != splits[2]
 
@@ -201,6 +228,15 @@ def test_ranks_and_zero_stages_change_nothing(one_process, tmp_path, ranks, stag
     row = lines(common.DATA / "preference_eval.jsonl")[0]
     tokens = transformers.AutoTokenizer.from_pretrained(out / "model")(row["prompt"] + row["chosen"] + "</s>", return_tensors="pt")
     assert model(**tokens).logits.item() == pytest.approx(first, abs=1e-4)
+
+
+def test_evaluation_alone_at_zero_3(one_process, tmp_path):
+    out = tmp_path / "out"
+    done = launch(2, "--constraint", "random", "--epochs", "0", "--zero_stage", "3", "--output_dir", str(out))
+    assert done.returncode == 0, done.stderr
+    (metrics,) = lines(out / "metrics.jsonl")
+    assert metrics["loss"] == pytest.approx(one_process[0]["loss"], abs=2e-4)
+    assert metrics["ranked_spearman"] == pytest.approx(one_process[0]["ranked_spearman"], abs=2e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -271,7 +307,7 @@ BAD = {
     "unknown dataset name": (lambda f: ["--dataset", "nobody/nothing"], r"nobody/nothing: .*download it and pass --dataset"),
     "not a data file": (lambda f: ["--dataset", str(ROOT / "README.md")], r"ends with .json, .jsonl or .parquet"),
     "unknown model": (lambda f: ["--model", str(f / "nothing")], r"nothing: there is no such folder"),
-    "unknown model name": (lambda f: ["--model", "nobody/nothing"], r"nobody/nothing: .*download the model and pass"),
+    "unknown model name": (lambda f: ["--model", "nobody"], r"nobody: .*nor could the Hub give it; download it and pass"),
     "a column is missing": (
         lambda f: ["--dataset", rows_file(f, {"prompt": "p", "chosen": "a"})], r"row 1: the columns are prompt, chosen, but"
     ),
@@ -304,6 +340,22 @@ BAD = {
     ),
     "pickled weights": (pickled_model, r"only pickled weights"),
     "remote code": (remote_code, r"remote: it needs code of its own: read that code, then pass --trust_remote_code"),
+    "the model is in the output folder": (
+        lambda f: ["--overwrite", "--model", str(f / "out" / "model")], r"out holds --model .* itself"
+    ),
+    "no limit as -1": (lambda f: ["--max_steps", "-1"], r"--max_steps is -1, but must be at least 0"),
+    "never log": (lambda f: ["--log_every", "0"], r"--log_every is 0, but must be at least 1"),
+    "a summary is no object": (
+        lambda f: ["--dataset", rows_file(f, {"info": {"post": "p"}, "summaries": ["a", "b"], "choice": 0})], r"row 1: info must"
+    ),
+    "a choice out of range": (
+        lambda f: ["--dataset", rows_file(f, {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2})],
+        r"choice \(here 2\)",
+    ),
+    "ranked scores are no numbers": (
+        lambda f: ["--ranked_dataset", rows_file(f, {"prompt": "p", "responses": ["a", "b"], "scores": ["1", "2"]})],
+        r"row 1: prompt must be text, responses a list",
+    ),
     "offload without ZeRO": (lambda f: ["--offload"], r"needs --zero_stage 1, 2 or 3"),
     "ranked columns": (lambda f: ["--ranked_dataset", rows_file(f, GOOD)], r"but must be prompt/responses/scores"),
 }
