@@ -365,7 +365,7 @@ def similarities(pairs: list[Pair], args: Args, process: common.Process) -> torc
         if found is not None:
             return torch.from_numpy(found)
         own = [text for i, text in enumerate(texts) if i // 2 % process.world_size == process.rank]
-        progress = functools.partial(tqdm, desc="similarity", unit="batch", disable=process.rank > 0)
+        progress = functools.partial(tqdm, desc="similarity", unit="batch", mininterval=2, disable=process.rank > 0)
         embeddings = encode_texts(
             own, encoder, args.encoder_pooling, device=process.device, trust_remote_code=args.trust_remote_code,
             progress=progress,
