@@ -68,8 +68,10 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
 
 def check_flags(args) -> None:
     """InputError for a value out of range, and for results that must not be replaced; before any work."""
-    least = dict(max_length=1, epochs=0, max_steps=0, micro_batch_size=1, global_batch_size=1, warmup_steps=0, seed=0,
-                 log_every=1, eval_every=0, learning_rate=0, weight_decay=0)
+    least = dict(
+        max_length=1, epochs=0, max_steps=0, micro_batch_size=1, global_batch_size=1, warmup_steps=0, seed=0,
+        log_every=1, eval_every=0, learning_rate=0, weight_decay=0,
+    )
     for name, minimum in least.items():
         if not minimum <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} is {getattr(args, name)}, but must be at least {minimum}")
@@ -225,9 +227,9 @@ def read_rows(flag: str, name: str, split: str) -> datasets.Dataset:
     except Exception as error:  # the library raises many kinds: an unreachable Hub, a loading script, broken JSON
         fault = json_fault(Path(path)) if loader == "json" and Path(path).is_file() else None
         reason = fault or " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        hint = "" if Path(path).exists() else f". Neither a file or folder here, nor to be had from the Hub: download \
-it and pass {flag} FILE"
-        raise InputError(f"{where}: {reason}{hint}") from error
+        if not Path(path).exists():
+            reason += f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
+        raise InputError(f"{where}: {reason}") from error
     if len(rows) == 0:
         raise InputError(f"{where}: no rows")
     return rows
@@ -346,7 +348,8 @@ def toy_model() -> str:
     )
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=1024, initializer_range=0.1, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=1024, initializer_range=0.1, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -416,8 +419,10 @@ def load_model(auto_class, path: str, args, engine_config: dict, **config_values
         del sharding
     rows = model.get_input_embeddings().num_embeddings
     if config_values.get("pad_token_id", 0) >= rows:
-        raise InputError(f"{path}: padding token {config_values['pad_token_id']} is outside the model's {rows} embeddings: "
-                         "set `pad_token` in its tokenizer_config.json to an unused token that the model has")
+        raise InputError(
+            f"{path}: padding token {config_values['pad_token_id']} is outside the model's {rows} embeddings: set "
+            "`pad_token` in its tokenizer_config.json to an unused token that the model has"
+        )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, info
@@ -463,7 +468,8 @@ def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, p
     With no steps to run, what evaluates the module without room for an optimizer: at ZeRO-3 an engine, else itself.
     """
     if total_steps == 0:
-        return deepspeed.initialize(model=module, config=config)[0] if args.zero_stage == 3 else module.to(process.device)
+        module = module.to(process.device)
+        return deepspeed.initialize(model=module, config=config)[0] if args.zero_stage == 3 else module
     decayed, plain = [], []
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -496,7 +502,7 @@ def optimizer_step(engine, args, step: int, losses: list[torch.Tensor]) -> float
     skipped = engine.skipped_steps
     try:
         engine.step()
-    except Exception as error:  # fp16 skips steps while its loss scale settles; DeepSpeed's answer where that has no end
+    except Exception as error:  # fp16 skips steps while its loss scale settles; this is where that has no end
         if "loss scale" not in str(error):
             raise
         raise InputError(f"step {step}: {error} {remedy}") from error

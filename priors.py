@@ -86,7 +86,7 @@ def margin_bound(similarity: torch.Tensor, beta1: float, beta2: float = 1e-3, be
     similarity = similarity.float()
     _require(similarity + beta2 != 0, similarity, f"s + beta2 is 0 with beta2 = {beta2}, so the bound is infinite")
     bound = beta1 / (similarity + beta2) + beta3  # B
-    reason = f"beta1 / (s + beta2) + beta3 must be positive and finite; beta1={beta1}, beta2={beta2}, beta3={beta3} give"
+    reason = f"beta1 / (s + beta2) + beta3 must be positive and finite, but {beta1=}, {beta2=}, {beta3=} give"
     _require((bound > 0) & bound.isfinite(), bound, reason)
     return bound
 

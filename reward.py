@@ -56,7 +56,7 @@ class Args:
     constraint: Literal["none", "len_rat", "cos_sim", "random", "fixed"] = "none"
     """What bounds a margin: nothing, the length ratio, the cosine similarity, or a control without a prior."""
     model: str = ""
-    """Folder or Hub id of the starting model, a causal LM (the SFT model) or a reward model; toy: built at first use."""
+    """Folder or Hub id of the starting model, a causal LM (the SFT model) or a reward model; toy: built when needed."""
     dataset: str = str(common.DATA / "preference_train.jsonl")
     """Pairs to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
     eval_dataset: str = str(common.DATA / "preference_eval.jsonl")
@@ -195,14 +195,13 @@ def parse_pair(row: dict, where: str) -> tuple[str, str, str] | str:
     elif {"info", "summaries", "choice"} <= row.keys():
         choice, two = row["choice"], [s.get("text") for s in row["summaries"] or () if isinstance(s, dict)]
         if choice not in (0, 1) or len(two) != 2 or not isinstance(row["info"], dict):
-            raise common.InputError(f"{where}: info must hold a post, choice (here {choice!r}) be 0 or 1, one of two summaries")
+            raise common.InputError(f"{where}: info must hold a post, choice (here {choice!r}) be 0 or 1 of two summaries")
         post, chosen, rejected = row["info"].get("post"), two[int(choice)], two[1 - int(choice)]
         check_text(where, post=post)
         if post is None:  # a news article, not from Reddit
             return "missing text"
-        prompt = (
-            f"\n\nHuman: Your task is to generate a short summary of a post.\n\nPost: {post}\n\nSummary: \n\nAssistant: "
-        )
+        task = "Your task is to generate a short summary of a post."
+        prompt = f"\n\nHuman: {task}\n\nPost: {post}\n\nSummary: \n\nAssistant: "
     else:
         raise common.InputError(
             f"{where}: the columns are {', '.join(row)}, but must be prompt/chosen/rejected, or "
@@ -356,7 +355,7 @@ def similarities(pairs: list[Pair], args: Args, process: common.Process) -> torc
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
         return length_ratio(*torch.tensor([p.branch_lengths for p in pairs]).unbind(1))
     encoder = args.encoder or args.model
-    texts = [p.prompt + response for p in pairs for response in (p.chosen, p.rejected)]  # 2n: chosen, rejected, chosen ...
+    texts = [p.prompt + response for p in pairs for response in (p.chosen, p.rejected)]  # 2n, in turn
     try:
         content = [encoder_version(encoder, args.trust_remote_code), args.encoder_pooling, texts]
         name = hashlib.sha256(json.dumps(content).encode()).hexdigest() + ".npy"
@@ -432,8 +431,9 @@ class Scorer(torch.nn.Module):
         self.classifier = classifier
 
     def forward(self, input_ids, ends, **attention) -> torch.Tensor:
-        hidden = self.classifier.base_model(input_ids=input_ids, use_cache=False, **attention).last_hidden_state  # R T H
-        return self.classifier.score(hidden.flatten(0, 1)[ends]).squeeze(-1).float()  # 2 B
+        outputs = self.classifier.base_model(input_ids=input_ids, use_cache=False, **attention)
+        ends_hidden = outputs.last_hidden_state.flatten(0, 1)[ends]  # R*T H -> 2 B H
+        return self.classifier.score(ends_hidden).squeeze(-1).float()  # 2 B
 
 
 def load_reward_model(args: Args, tokenizer, config: dict):
@@ -508,8 +508,8 @@ def evaluate(engine, pairs, ranked, args, collator, process) -> tuple[dict, list
         warnings.filterwarnings("ignore", message=".*constant.*")  # then the correlation is NaN, written as null
         metrics["spearman_similarity"] = float(spearmanr(margin, similarity).statistic)
         if ranked:
-            scores = score_pairs(engine, [p for prompt_pairs, _ in ranked for p in prompt_pairs], args, collator, process)
-            scores = iter(scores.T.tolist())  # two responses at a time
+            ranked_pairs = [pair for prompt_pairs, _ in ranked for pair in prompt_pairs]
+            scores = iter(score_pairs(engine, ranked_pairs, args, collator, process).T.tolist())  # two at a time
             own = [[score for _ in prompt_pairs for score in next(scores)] for prompt_pairs, _ in ranked]
             for name, correlation in (("spearman", spearmanr), ("kendall", kendalltau)):
                 each = [correlation(mine[: len(human)], human).statistic for mine, (_, human) in zip(own, ranked)]
@@ -534,7 +534,7 @@ def read_ranked(args: Args, tokenizer, process: common.Process) -> list[tuple[li
         numbers = [isinstance(score, int | float) and math.isfinite(score) for score in scores]
         strings = [isinstance(text, str) for text in (prompt, *responses)]
         if not all(numbers + strings) or len(responses) != len(scores):
-            raise common.InputError(f"{where}: prompt must be text, responses a list of texts, scores a number for each")
+            raise common.InputError(f"{where}: prompt must be text, responses a list of texts, scores a number each")
         padded = responses + responses[:1] * (len(responses) % 2)
         pairs = [Pair(prompt, a, b) for a, b in zip(padded[0::2], padded[1::2])]
         kept = tokenize(pairs, tokenizer, args.max_length, Counter())
@@ -593,7 +593,7 @@ def main(args: Args) -> None:
     steps_per_epoch = len(train_pairs) // args.global_batch_size
     total_steps = args.epochs * steps_per_epoch
     if args.epochs and not total_steps:
-        raise common.InputError(f"{len(train_pairs)} pairs do not fill one --global_batch_size {args.global_batch_size}")
+        raise common.InputError(f"{len(train_pairs)} pairs do not fill a --global_batch_size of {args.global_batch_size}")
     if args.max_steps:
         total_steps = min(total_steps, args.max_steps)
 
@@ -605,7 +605,7 @@ def main(args: Args) -> None:
     )
     output_dir = common.open_output(args, process, "reward")
     metrics = common.Metrics(output_dir, process, total_steps)
-    process.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out, {total_steps} steps -> {output_dir}")
+    process.print(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> list[dict]:
         values, lines = evaluate(engine, eval_pairs, ranked, args, collator, process)
@@ -641,8 +641,8 @@ def main(args: Args) -> None:
 
             if step == 1 or step % args.log_every == 0 or step == total_steps:
                 records = common.gather(torch.stack(history)).cpu()  # ranks, steps * accumulation, 5, B
-                records = records.permute(1, 2, 0, 3).unflatten(0, (-1, accumulation))  # steps, accumulation, 5, ranks, B
-                records = records.transpose(1, 2).flatten(2)  # steps, 5, global batch
+                records = records.unflatten(1, (-1, accumulation)).permute(1, 3, 2, 0, 4)  # steps, 5, acc., ranks, B
+                records = records.flatten(2)  # steps, 5, global batch
                 means = [pair_metrics(*record) for record in records]
                 values = {k: v if v is None else float(np.mean([m[k] for m in means])) for k, v in means[0].items()}
                 seconds = time.perf_counter() - since

@@ -50,9 +50,16 @@ def prepare(args, folder: Path) -> None:
 
     tokenizer = common.load_tokenizer(args.tokenizer or common.toy_model(), False)
     config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
-        max_position_embeddings=2048, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True, num_labels=1,
+        vocab_size=49152,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        max_position_embeddings=2048,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        num_labels=1,
     )
     transformers.set_seed(0)
     transformers.LlamaForSequenceClassification(config).save_pretrained(folder / "model")
@@ -68,8 +75,10 @@ def prepare(args, folder: Path) -> None:
     (folder / "eval.jsonl").write_text("".join((folder / "pairs.jsonl").read_text().splitlines(True)[:8]))
     tokens = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     (folder / "facts.json").write_text(json.dumps({"pairs": len(pairs), "tokens": tokens}))
-    print(f"{len(pairs)} pairs, {tokens} useful tokens, {statistics.mean(p.prefix for p in pairs):.0f} in the prefix, "
-          f"{statistics.mean(max(p.branch_lengths) for p in pairs):.0f} in the longer response")
+    print(
+        f"{len(pairs)} pairs, {tokens} useful tokens, {statistics.mean(p.prefix for p in pairs):.0f} in the prefix, "
+        f"{statistics.mean(max(p.branch_lengths) for p in pairs):.0f} in the longer response"
+    )
 
 
 def ours(args, folder: Path, constraint: str) -> float:
@@ -78,11 +87,34 @@ def ours(args, folder: Path, constraint: str) -> float:
 
     out = tempfile.mkdtemp(dir=folder)
     argv = [
-        "--model", str(folder / "model"), "--dataset", str(folder / "pairs.jsonl"), "--eval_dataset",
-        str(folder / "eval.jsonl"), "--output_dir", out, "--constraint", constraint, "--fixed_bound", "4.5",
-        "--max_length", str(args.max_length), "--epochs", "1", "--global_batch_size", str(args.batch),
-        "--micro_batch_size", str(args.batch), "--dtype", "bf16", "--log_every", "5", "--zero_stage", str(args.zero_stage),
-        "--learning_rate", "1e-5",
+        "--model",
+        str(folder / "model"),
+        "--dataset",
+        str(folder / "pairs.jsonl"),
+        "--eval_dataset",
+        str(folder / "eval.jsonl"),
+        "--output_dir",
+        out,
+        "--constraint",
+        constraint,
+        "--fixed_bound",
+        "4.5",
+        "--max_length",
+        str(args.max_length),
+        "--epochs",
+        "1",
+        "--global_batch_size",
+        str(args.batch),
+        "--micro_batch_size",
+        str(args.batch),
+        "--dtype",
+        "bf16",
+        "--log_every",
+        "5",
+        "--zero_stage",
+        str(args.zero_stage),
+        "--learning_rate",
+        "1e-5",
     ]
     reward.main(common.parse_args(reward.Args, reward.preset, argv))
     lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
@@ -140,9 +172,18 @@ def trl(args, folder: Path, facts: dict) -> float:
 
     clock = Clock()
     config = RewardConfig(
-        output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=args.batch, max_length=args.max_length,
-        bf16=True, use_cpu=True, num_train_epochs=1, learning_rate=1e-5, logging_steps=5, save_strategy="no",
-        gradient_checkpointing=False, report_to=["tensorboard"], disable_tqdm=True,
+        output_dir=tempfile.mkdtemp(dir=folder),
+        per_device_train_batch_size=args.batch,
+        max_length=args.max_length,
+        bf16=True,
+        use_cpu=True,
+        num_train_epochs=1,
+        learning_rate=1e-5,
+        logging_steps=5,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        report_to=["tensorboard"],
+        disable_tqdm=True,
     )
     rows = datasets.load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
     trainer = RewardTrainer(str(folder / "model"), args=config, train_dataset=rows, callbacks=[clock])
@@ -193,8 +234,10 @@ def main() -> None:
                 print(f"round {round_number + 1} {name:11} {speeds[name][-1]:8.0f} tokens/s", flush=True)
     for name in names:
         ratios = [ours / other for ours, other in zip(speeds[names[0]], speeds[name])]
-        print(f"{name:11} median {statistics.median(speeds[name]):8.0f} tokens/s; {names[0]} is "
-              f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"{name:11} median {statistics.median(speeds[name]):8.0f} tokens/s; {names[0]} is "
+            f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def plot(folder: Path, path: Path) -> None:
     similarity = np.array([line["similarity"] for line in bounded])
     curve = np.linspace(similarity.min(), 1, 200)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, run, title in ((axes[0], free, "ranking loss alone (none)"), (axes[1], bounded, "with the bound (cos_sim)")):
+    for axis, run, title in (
+        (axes[0], free, "ranking loss alone (none)"),
+        (axes[1], bounded, "with the bound (cos_sim)"),
+    ):
         axis.scatter(similarity, [line["margin"] for line in run], s=8, alpha=0.5, linewidths=0)
         axis.plot(curve, 20 / (curve + 0.001) - 15, color="C3", label="bound δ*(s)")
         axis.axhline(0, color="0.6", linewidth=0.8)
@@ -74,7 +77,9 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = lines(common.DATA / "preference_eval.jsonl")
-    gold = np.array([toy_data.gold_score(r["prompt"], r["chosen"]) - toy_data.gold_score(r["prompt"], r["rejected"]) for r in rows])
+    gold = np.array(
+        [toy_data.gold_score(r["prompt"], r["chosen"]) - toy_data.gold_score(r["prompt"], r["rejected"]) for r in rows]
+    )
     near = np.arange(len(rows)) % 2 == 0  # as toy_data.build() makes them
     for seed in range(1, args.seeds + 1):
         for constraint in args.constraints.split(","):
@@ -83,7 +88,10 @@ def main() -> None:
                 argv = ["--constraint", constraint, "--seed", str(seed), "--output_dir", str(out)]
                 reward.main(common.parse_args(reward.Args, reward.preset, argv))
 
-    table = {c: [figures(args.folder / f"{c}-{s}", gold, near) for s in range(1, args.seeds + 1)] for c in args.constraints.split(",")}
+    table = {
+        c: [figures(args.folder / f"{c}-{s}", gold, near) for s in range(1, args.seeds + 1)]
+        for c in args.constraints.split(",")
+    }
     names = list(next(iter(table.values()))[0])
     print("| constraint | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
     for constraint, runs in table.items():
@@ -92,8 +100,10 @@ def main() -> None:
             values = np.array([run[name] for run in runs])
             cells.append(f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}")
         print(f"| `{constraint}` | " + " | ".join(cells) + " |")
-    print(f"true margin of the pairs: mean {gold.mean():.2f}, largest {gold.max():.1f}; "
-          f"the noisy labels agree with the true order in {(gold > 0)[gold != 0].mean():.3f} of the pairs")
+    print(
+        f"true margin of the pairs: mean {gold.mean():.2f}, largest {gold.max():.1f}; "
+        f"the noisy labels agree with the true order in {(gold > 0)[gold != 0].mean():.3f} of the pairs"
+    )
     if args.figure:
         plot(args.folder, args.figure)
 

@@ -10,7 +10,13 @@ import torch
 
 import priors
 from priors import (
-    constrained_ranking_loss, cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound
+    constrained_ranking_loss,
+    cosine_similarity,
+    encode_texts,
+    fixed_bound,
+    length_ratio,
+    margin_bound,
+    random_bound,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +44,9 @@ def test_cosine_similarity():
 
 def test_margin_bound():
     """s = 1: 20 / 1.001 - 15 = 4.98002; s = 0.25: 20 / 0.251 - 15 = 64.68127; s = 0.5, β = (30, 0.001, -25): 34.88024."""
-    assert margin_bound(torch.tensor([1.0, 0.25]), 20, 0.001, -15).tolist() == pytest.approx([4.98002, 64.68127], abs=1e-4)
+    assert margin_bound(torch.tensor([1.0, 0.25]), 20, 0.001, -15).tolist() == pytest.approx(
+        [4.98002, 64.68127], abs=1e-4
+    )
     assert margin_bound(torch.tensor([0.5]), 30, 0.001, -25).tolist() == pytest.approx([34.88024], abs=1e-4)
     assert margin_bound(torch.tensor([1.0]), 20).tolist() == pytest.approx([20 / 1.001])  # the signature's defaults
 
@@ -54,7 +62,9 @@ def test_loss_values():
 def test_label_smoothing_mixes_both_terms():
     """ε = 0.25, m = 1, δ* = 3: 0.75 log(1 + e^-1) + 0.25 log(1 + e^1) + 0.75 log(1 + e^-2) + 0.25 log(1 + e^2)."""
     loss = constrained_ranking_loss(torch.tensor([1.0]), torch.tensor([3.0]), 0.25)
-    assert loss.item() == pytest.approx(0.75 * softplus(-1) + 0.25 * softplus(1) + 0.75 * softplus(-2) + 0.25 * softplus(2))
+    assert loss.item() == pytest.approx(
+        0.75 * softplus(-1) + 0.25 * softplus(1) + 0.75 * softplus(-2) + 0.25 * softplus(2)
+    )
     assert constrained_ranking_loss(torch.tensor([1.0]), None, 0.25).item() == pytest.approx(
         0.75 * softplus(-1) + 0.25 * softplus(1)
     )

@@ -18,7 +18,8 @@ def test_there_are_ten_runs_of_the_paper():
     runs = {tuple(shlex.split(rest)) for name, rest in COMMANDS if "--task" in rest and "--num_gpus" not in rest}
     assert {r for r in runs if len(r) == 4} == {
         ("--task", task, "--constraint", constraint)
-        for task in ("alpaca", "tldr") for constraint in ("none", "len_rat", "cos_sim", "random", "fixed")
+        for task in ("alpaca", "tldr")
+        for constraint in ("none", "len_rat", "cos_sim", "random", "fixed")
     }
 
 

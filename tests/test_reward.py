@@ -65,9 +65,7 @@ def test_unusable_rows_are_named(change, reason):
 def test_tokens_are_those_that_generation_sees(tokenizer):
     """BOS once, prompt, response and EOS tokenized apart; special tokens written in the text are not doubled."""
     prompt, response = tokenizer("Where?\n", add_special_tokens=False).input_ids, tokenizer("Aisle 3.").input_ids[1:]
-    plain, written = make_pairs(
-        tokenizer, ("Where?\n", "Aisle 3.", "No."), ("<s>Where?\n", "Aisle 3.</s>", "No.")
-    )
+    plain, written = make_pairs(tokenizer, ("Where?\n", "Aisle 3.", "No."), ("<s>Where?\n", "Aisle 3.</s>", "No."))
     expected = [tokenizer.bos_token_id, *prompt, *response, tokenizer.eos_token_id]
     assert plain.chosen_ids.tolist() == written.chosen_ids.tolist() == expected
 
@@ -136,7 +134,11 @@ def test_random_bounds_change_with_the_epoch_only(tokenizer):
 
 TEXTS = [
     ("Where is the milk?\n", "Aisle 3.", "You will find milk in aisle 2. Have a nice day!"),
-    ("Hello! A longer question, much longer than the others. Where do I find candles?\n", "Go to aisle 4.", "Go to aisle 2."),
+    (
+        "Hello! A longer question, much longer than the others. Where do I find candles?\n",
+        "Go to aisle 4.",
+        "Go to aisle 2.",
+    ),
     ("", "Yes.", "No."),
     ("Where?\n", "Aisle 3. We open at eight every morning. Thank you for asking!", "Aisle 3. We open at eight."),
 ]
@@ -146,13 +148,20 @@ TEXTS = [
 def test_shared_rows_give_the_unshared_scores(tokenizer, family):
     """Scores and gradients of [prefix | chosen | rejected] are those of each sequence alone, without any padding."""
     kind = dict(
-        llama=transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4),
+        llama=transformers.LlamaConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
+        ),
         gpt2=transformers.GPT2Config(n_embd=64, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
-        gpt_neox=transformers.GPTNeoXConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4),
-        qwen2=transformers.Qwen2Config(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                                       num_key_value_heads=2),
+        gpt_neox=transformers.GPTNeoXConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4
+        ),
+        qwen2=transformers.Qwen2Config(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+        ),
     )[family]
-    kind.update(dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=1, initializer_range=0.1))
+    kind.update(
+        dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=1, initializer_range=0.1)
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_config(kind).eval()
     assert reward.can_share_prefix(model, 200)
@@ -167,8 +176,10 @@ def test_shared_rows_give_the_unshared_scores(tokenizer, family):
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         model.zero_grad()
     with torch.no_grad():
-        alone = [[model(torch.from_numpy(ids)[None].long()).logits.item() for ids in (p.chosen_ids, p.rejected_ids)]
-                 for p in pairs]
+        alone = [
+            [model(torch.from_numpy(ids)[None].long()).logits.item() for ids in (p.chosen_ids, p.rejected_ids)]
+            for p in pairs
+        ]
     alone = torch.tensor(alone).T
     assert results[0].std() > 0.05
     assert torch.allclose(results[0], alone, atol=1e-4)
@@ -205,7 +216,9 @@ def test_models_that_cannot_share_do_not(tokenizer):
     def can(config, max_length=200):
         config.num_labels = 1
         with torch.device("meta"):
-            return reward.can_share_prefix(transformers.AutoModelForSequenceClassification.from_config(config), max_length)
+            return reward.can_share_prefix(
+                transformers.AutoModelForSequenceClassification.from_config(config), max_length
+            )
 
     small = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     assert not can(transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2))  # ALiBi, no positions
@@ -222,11 +235,22 @@ def test_pair_metrics_by_hand():
     chosen, rejected = torch.tensor([2.0, 0.0, 3.0]), torch.tensor([0.0, 1.0, -3.0])
     loss, rank_loss = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])
     values = reward.pair_metrics(chosen, rejected, torch.full((3,), 5.0), loss, rank_loss)
-    assert values == pytest.approx(dict(
-        loss=2, rank_loss=1, constraint_loss=1, accuracy=2 / 3, margin_mean=7 / 3, margin_std=math.sqrt(222 / 27),
-        margin_max=6, bound_mean=5, over_bound=1 / 3, chosen_score=5 / 3, rejected_score=-2 / 3,
-        score_std=math.sqrt((4 + 0 + 9 + 0 + 1 + 9) / 6 - (3 / 6) ** 2),
-    ))
+    assert values == pytest.approx(
+        dict(
+            loss=2,
+            rank_loss=1,
+            constraint_loss=1,
+            accuracy=2 / 3,
+            margin_mean=7 / 3,
+            margin_std=math.sqrt(222 / 27),
+            margin_max=6,
+            bound_mean=5,
+            over_bound=1 / 3,
+            chosen_score=5 / 3,
+            rejected_score=-2 / 3,
+            score_std=math.sqrt((4 + 0 + 9 + 0 + 1 + 9) / 6 - (3 / 6) ** 2),
+        )
+    )
     unbounded = reward.pair_metrics(chosen, rejected, torch.full((3,), math.nan), rank_loss, rank_loss)
     assert [unbounded[k] for k in ("constraint_loss", "bound_mean", "over_bound")] == [None] * 3
 
@@ -250,8 +274,17 @@ TABLE = {
     "alpaca": dict(max_length=512, global_batch_size=16, learning_rate=3e-6),
     "tldr": dict(max_length=1024, global_batch_size=64, learning_rate=1e-6),
 }
-ALL = dict(weight_decay=0.1, epochs=1, warmup_steps=0, seed=42, dtype="bf16", zero_stage=2, gradient_checkpointing=True,
-           encoder="google-bert/bert-base-uncased", encoder_pooling="cls")
+ALL = dict(
+    weight_decay=0.1,
+    epochs=1,
+    warmup_steps=0,
+    seed=42,
+    dtype="bf16",
+    zero_stage=2,
+    gradient_checkpointing=True,
+    encoder="google-bert/bert-base-uncased",
+    encoder_pooling="cls",
+)
 
 
 @pytest.mark.parametrize("task, constraint", RUNS)
@@ -307,9 +340,15 @@ def test_gold_score_by_hand():
     sentence -1.5, an unknown one -2."""
     prompt = "Customer: Where do I find milk?\nClerk:\n"
     for response, score in [
-        ("Aisle 2.", 4), ("Aisle 3.", -4), ("I am not sure.", -1), ("", -1),
-        ("Of course! Go to aisle 2. Have a nice day!", 5), ("Aisle 2. We open at eight every morning.", 3.5),
-        ("Are you blind? We keep milk in aisle 2.", 1.5), ("Aisle 2. Aisle 2.", 2.5), ("Aisle 2 blah.", 2),
+        ("Aisle 2.", 4),
+        ("Aisle 3.", -4),
+        ("I am not sure.", -1),
+        ("", -1),
+        ("Of course! Go to aisle 2. Have a nice day!", 5),
+        ("Aisle 2. We open at eight every morning.", 3.5),
+        ("Are you blind? We keep milk in aisle 2.", 1.5),
+        ("Aisle 2. Aisle 2.", 2.5),
+        ("Aisle 2 blah.", 2),
     ]:
         assert toy_data.gold_score(prompt, response) == score, response
 
@@ -322,7 +361,9 @@ def test_embedded_pairs_span_the_method(tokenizer):
     pairs = make_pairs(tokenizer, *[(r["prompt"], r["chosen"], r["rejected"]) for r in rows])
     ratios = [min(p.branch_lengths) / max(p.branch_lengths) for p in pairs]
     assert min(ratios) <= 0.1 and max(ratios) == 1
-    golds = [toy_data.gold_score(r["prompt"], r["chosen"]) - toy_data.gold_score(r["prompt"], r["rejected"]) for r in rows]
+    golds = [
+        toy_data.gold_score(r["prompt"], r["chosen"]) - toy_data.gold_score(r["prompt"], r["rejected"]) for r in rows
+    ]
     agree = np.mean([g > 0 for g in golds if g != 0])
     expected = np.mean([1 / (1 + math.exp(-abs(g))) for g in golds if g != 0])  # Bradley-Terry
     assert agree == pytest.approx(expected, abs=0.03) and agree < 0.95

@@ -20,12 +20,30 @@ import reward
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--max_steps", "3", "--log_every", "1", "--micro_batch_size", "4", "--global_batch_size", "16"]
 TRAIN_KEYS = {
-    "step", "split", "loss", "rank_loss", "constraint_loss", "accuracy", "margin_mean", "margin_std", "margin_max",
-    "bound_mean", "over_bound", "chosen_score", "rejected_score", "score_std", "lr", "grad_norm", "pairs_per_s",
+    "step",
+    "split",
+    "loss",
+    "rank_loss",
+    "constraint_loss",
+    "accuracy",
+    "margin_mean",
+    "margin_std",
+    "margin_max",
+    "bound_mean",
+    "over_bound",
+    "chosen_score",
+    "rejected_score",
+    "score_std",
+    "lr",
+    "grad_norm",
+    "pairs_per_s",
     "tokens_per_s",
 }
 EVAL_KEYS = TRAIN_KEYS - {"lr", "grad_norm", "pairs_per_s", "tokens_per_s"} | {
-    "length_accuracy", "spearman_similarity", "ranked_spearman", "ranked_kendall"
+    "length_accuracy",
+    "spearman_similarity",
+    "ranked_spearman",
+    "ranked_kendall",
 }
 
 
@@ -35,13 +53,17 @@ def lines(path: Path) -> list[dict]:
 
 def launch(ranks: int, *argv: str) -> subprocess.CompletedProcess:
     """Plain Python for 0 ranks, else the deepspeed launcher."""
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)] if ranks else [sys.executable]
+    launcher = (
+        [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)] if ranks else [sys.executable]
+    )
     # Another port for each test run, so that two on one machine do not meet.
     port = ["--master_port", str(20000 + os.getpid() % 20000)] if ranks else []
     # Without what common.start() has set in this process.
     own = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in own}
-    return subprocess.run([*launcher, *port, str(ROOT / "reward.py"), *argv], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [*launcher, *port, str(ROOT / "reward.py"), *argv], capture_output=True, text=True, env=environment
+    )
 
 
 @pytest.mark.parametrize("constraint", ["none", "len_rat", "cos_sim", "random", "fixed"])
@@ -56,7 +78,11 @@ def test_a_run_of_each_constraint(train, tmp_path, constraint):
 
     metrics = lines(out / "metrics.jsonl")
     assert [(m["step"], m["split"]) for m in metrics] == [
-        (0, "eval"), (1, "train"), (2, "train"), (3, "train"), (3, "eval")
+        (0, "eval"),
+        (1, "train"),
+        (2, "train"),
+        (3, "train"),
+        (3, "eval"),
     ]
     for m in metrics:
         assert set(m) == (TRAIN_KEYS if m["split"] == "train" else EVAL_KEYS)
@@ -76,7 +102,9 @@ def test_a_run_of_each_constraint(train, tmp_path, constraint):
         if constraint in ("len_rat", "cos_sim"):
             assert p["bound"] == pytest.approx(20 / (p["similarity"] + 0.001) - 15, rel=1e-5)
         else:
-            assert {"none": p["bound"] is None, "fixed": p["bound"] == 4.5, "random": 4 <= (p["bound"] or 0) <= 5}[constraint]
+            assert {"none": p["bound"] is None, "fixed": p["bound"] == 4.5, "random": 4 <= (p["bound"] or 0) <= 5}[
+                constraint
+            ]
     assert np.mean([p["margin"] > 0 for p in pairs]) == pytest.approx(metrics[-1]["accuracy"], abs=1e-6)
     assert np.mean([p["margin"] for p in pairs]) == pytest.approx(metrics[-1]["margin_mean"], abs=1e-5)
 
@@ -89,7 +117,17 @@ def test_training_learns_and_the_bound_holds(train, tmp_path):
     last = {}
     for constraint in ("none", "fixed"):
         out = tmp_path / constraint
-        train("--constraint", constraint, "--fixed_bound", "1.5", "--global_batch_size", "16", "--output_dir", str(out), *data)
+        train(
+            "--constraint",
+            constraint,
+            "--fixed_bound",
+            "1.5",
+            "--global_batch_size",
+            "16",
+            "--output_dir",
+            str(out),
+            *data,
+        )
         last[constraint] = lines(out / "metrics.jsonl")[-1]
         assert last[constraint]["accuracy"] == 1
     assert last["none"]["margin_mean"] > 3
@@ -120,10 +158,20 @@ def test_the_saved_model_gives_the_scores_of_training(train, tmp_path, tokenizer
     assert torch.allclose(torch.tensor(scores), expected, atol=1e-4)
 
     # An earlier reward model goes on from its own head; --epochs 0 evaluates only and writes no model.
-    train("--model", str(folder), "--epochs", "0", "--eval_dataset", str(common.DATA / "preference_eval.jsonl"),
-          "--output_dir", str(tmp_path / "again"))
+    train(
+        "--model",
+        str(folder),
+        "--epochs",
+        "0",
+        "--eval_dataset",
+        str(common.DATA / "preference_eval.jsonl"),
+        "--output_dir",
+        str(tmp_path / "again"),
+    )
     (metrics,) = lines(tmp_path / "again" / "metrics.jsonl")
-    assert set(metrics) == EVAL_KEYS and metrics["ranked_spearman"] is None  # data of one's own: not the task's ranked ones
+    assert (
+        set(metrics) == EVAL_KEYS and metrics["ranked_spearman"] is None
+    )  # data of one's own: not the task's ranked ones
     again = lines(tmp_path / "again" / "eval.jsonl")
     assert len(again) == 400 and not (tmp_path / "again" / "model").exists()
     assert again[5]["margin"] == pytest.approx(logged[5]["margin"], abs=1e-4)
@@ -135,8 +183,16 @@ def test_similarity_is_cached_and_stays_with_its_pair(train, tmp_path, monkeypat
     found = []
     for name, order in (("a", rows), ("b", rows[::-1])):
         (tmp_path / f"{name}.jsonl").write_text("".join(order))
-        train("--constraint", "cos_sim", "--epochs", "0", "--eval_dataset", str(tmp_path / f"{name}.jsonl"),
-              "--output_dir", str(tmp_path / name))
+        train(
+            "--constraint",
+            "cos_sim",
+            "--epochs",
+            "0",
+            "--eval_dataset",
+            str(tmp_path / f"{name}.jsonl"),
+            "--output_dir",
+            str(tmp_path / name),
+        )
         found.append([line["similarity"] for line in lines(tmp_path / name / "eval.jsonl")])
     assert found[0] == pytest.approx(found[1][::-1], abs=1e-6) and len(set(found[0])) > 30
 
@@ -144,8 +200,16 @@ def test_similarity_is_cached_and_stays_with_its_pair(train, tmp_path, monkeypat
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(reward, "encode_texts", fail)
-    train("--constraint", "cos_sim", "--epochs", "0", "--eval_dataset", str(tmp_path / "a.jsonl"),
-          "--output_dir", str(tmp_path / "c"))
+    train(
+        "--constraint",
+        "cos_sim",
+        "--epochs",
+        "0",
+        "--eval_dataset",
+        str(tmp_path / "a.jsonl"),
+        "--output_dir",
+        str(tmp_path / "c"),
+    )
     assert [line["similarity"] for line in lines(tmp_path / "c" / "eval.jsonl")] == found[0]
 
 
@@ -196,7 +260,14 @@ def test_every_file_format(process, tmp_path):
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "folder" / "train.parquet"))
     datasets.Dataset.from_list(rows[:1]).to_parquet(str(tmp_path / "folder" / "test.parquet"))
     shutil.copy(tmp_path / "folder" / "train.parquet", tmp_path / "a.parquet")
-    for name, count in [("a.json", 3), ("a.jsonl", 3), ("a.parquet", 3), ("a.jsonl:valid2", 2), ("folder", 3), ("folder:test", 1)]:
+    for name, count in [
+        ("a.json", 3),
+        ("a.jsonl", 3),
+        ("a.parquet", 3),
+        ("a.jsonl:valid2", 2),
+        ("folder", 3),
+        ("folder:test", 1),
+    ]:
         assert len(common.read_rows("--dataset", str(tmp_path / name), "train")) == count, name
     assert len(common.read_rows("--eval_dataset", str(tmp_path / "folder"), "test")) == 1
 
@@ -213,9 +284,16 @@ def one_process(tmp_path_factory):
     return lines(out / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("ranks, stage, extra", [
-    (1, 3, []), (2, 0, []), (2, 1, ["--offload"]), (2, 2, []), (2, 3, ["--gradient_checkpointing"]),
-])
+@pytest.mark.parametrize(
+    "ranks, stage, extra",
+    [
+        (1, 3, []),
+        (2, 0, []),
+        (2, 1, ["--offload"]),
+        (2, 2, []),
+        (2, 3, ["--gradient_checkpointing"]),
+    ],
+)
 def test_ranks_and_zero_stages_change_nothing(one_process, tmp_path, ranks, stage, extra):
     out = tmp_path / "out"
     done = launch(ranks, "--constraint", "random", "--zero_stage", str(stage), "--output_dir", str(out), *SHORT, *extra)
@@ -226,7 +304,9 @@ def test_ranks_and_zero_stages_change_nothing(one_process, tmp_path, ranks, stag
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out / "model")
     first = lines(out / "eval.jsonl")[0]["chosen_score"]
     row = lines(common.DATA / "preference_eval.jsonl")[0]
-    tokens = transformers.AutoTokenizer.from_pretrained(out / "model")(row["prompt"] + row["chosen"] + "</s>", return_tensors="pt")
+    tokens = transformers.AutoTokenizer.from_pretrained(out / "model")(
+        row["prompt"] + row["chosen"] + "</s>", return_tensors="pt"
+    )
     assert model(**tokens).logits.item() == pytest.approx(first, abs=1e-4)
 
 
@@ -303,53 +383,78 @@ def finished_run(folder: Path) -> list[str]:
 
 
 BAD = {
-    "unknown dataset file": (lambda f: ["--dataset", str(f / "no.jsonl")], r"--dataset .*no.jsonl: there is no such file"),
-    "unknown dataset name": (lambda f: ["--dataset", "nobody/nothing"], r"nobody/nothing: .*download it and pass --dataset"),
+    "unknown dataset file": (
+        lambda f: ["--dataset", str(f / "no.jsonl")],
+        r"--dataset .*no.jsonl: there is no such file",
+    ),
+    "unknown dataset name": (
+        lambda f: ["--dataset", "nobody/nothing"],
+        r"nobody/nothing: .*download it and pass --dataset",
+    ),
     "not a data file": (lambda f: ["--dataset", str(ROOT / "README.md")], r"ends with .json, .jsonl or .parquet"),
     "unknown model": (lambda f: ["--model", str(f / "nothing")], r"nothing: there is no such folder"),
-    "unknown model name": (lambda f: ["--model", "nobody"], r"nobody: .*nor could the Hub give it; download it and pass"),
+    "unknown model name": (
+        lambda f: ["--model", "nobody"],
+        r"nobody: .*nor could the Hub give it; download it and pass",
+    ),
     "a column is missing": (
-        lambda f: ["--dataset", rows_file(f, {"prompt": "p", "chosen": "a"})], r"row 1: the columns are prompt, chosen, but"
+        lambda f: ["--dataset", rows_file(f, {"prompt": "p", "chosen": "a"})],
+        r"row 1: the columns are prompt, chosen, but",
     ),
     "not JSON": (broken_json, r"broken.jsonl: line 2 is not JSON"),
     "no usable pair": (
-        lambda f: ["--dataset", rows_file(f, alpaca(0), alpaca(0))], r"no usable pair is left \(2 tie\)"
+        lambda f: ["--dataset", rows_file(f, alpaca(0), alpaca(0))],
+        r"no usable pair is left \(2 tie\)",
     ),
     "too long": (
-        lambda f: ["--dataset", rows_file(f, GOOD), "--max_length", "3"], r"no usable pair is left \(1 longer than"
+        lambda f: ["--dataset", rows_file(f, GOOD), "--max_length", "3"],
+        r"no usable pair is left \(1 longer than",
     ),
-    "a preference out of range": (lambda f: ["--dataset", rows_file(f, alpaca(1), alpaca(3))], r"row 2: preference is 3"),
+    "a preference out of range": (
+        lambda f: ["--dataset", rows_file(f, alpaca(1), alpaca(3))],
+        r"row 2: preference is 3",
+    ),
     "a response is no string": (
-        lambda f: ["--dataset", rows_file(f, GOOD, GOOD | {"chosen": 7})], r"row 2: chosen is 7, but must be text"
+        lambda f: ["--dataset", rows_file(f, GOOD, GOOD | {"chosen": 7})],
+        r"row 2: chosen is 7, but must be text",
     ),
     "a bound is not positive": (
-        lambda f: ["--constraint", "len_rat", "--beta3", "-30"], r"len_rat: .*positive.*beta3=-30.* give: -10.0"
+        lambda f: ["--constraint", "len_rat", "--beta3", "-30"],
+        r"len_rat: .*positive.*beta3=-30.0 give: -10.0",
     ),
     "a fixed bound is not positive": (lambda f: ["--constraint", "fixed", "--fixed_bound", "-1"], r"not -1"),
     "a random bound is empty": (lambda f: ["--constraint", "random", "--random_low", "9"], r"low=9.0, high=5.0"),
     "batches do not divide": (
-        lambda f: ["--global_batch_size", "16", "--micro_batch_size", "3"], r"16 is not a multiple of 1 ranks x --micro_batch_size 3"
+        lambda f: ["--global_batch_size", "16", "--micro_batch_size", "3"],
+        r"16 is not a multiple of 1 ranks x --micro_batch_size 3",
     ),
     "too few pairs": (
-        lambda f: ["--dataset", rows_file(f, *[GOOD | {"chosen": f"a {i}"} for i in range(5)])], r"4 pairs do not fill one"
+        lambda f: ["--dataset", rows_file(f, *[GOOD | {"chosen": f"a {i}"} for i in range(5)])],
+        r"4 pairs do not fill a",
     ),
     "a finished run": (finished_run, r"out holds a finished run: choose another, or pass --overwrite"),
     "no pad token": (no_pad_token, r"nopad: its tokenizer has no padding token that differs from EOS"),
     "an unknown encoder": (
-        lambda f: ["--constraint", "cos_sim", "--encoder", str(f / "nothing")], r"cannot load the encoder .*nothing: there is no"
+        lambda f: ["--constraint", "cos_sim", "--encoder", str(f / "nothing")],
+        r"cannot load the encoder .*nothing: there is no",
     ),
     "pickled weights": (pickled_model, r"only pickled weights"),
     "remote code": (remote_code, r"remote: it needs code of its own: read that code, then pass --trust_remote_code"),
     "the model is in the output folder": (
-        lambda f: ["--overwrite", "--model", str(f / "out" / "model")], r"out holds --model .* itself"
+        lambda f: ["--overwrite", "--model", str(f / "out" / "model")],
+        r"out holds --model .* itself",
     ),
     "no limit as -1": (lambda f: ["--max_steps", "-1"], r"--max_steps is -1, but must be at least 0"),
     "never log": (lambda f: ["--log_every", "0"], r"--log_every is 0, but must be at least 1"),
     "a summary is no object": (
-        lambda f: ["--dataset", rows_file(f, {"info": {"post": "p"}, "summaries": ["a", "b"], "choice": 0})], r"row 1: info must"
+        lambda f: ["--dataset", rows_file(f, {"info": {"post": "p"}, "summaries": ["a", "b"], "choice": 0})],
+        r"row 1: info must",
     ),
     "a choice out of range": (
-        lambda f: ["--dataset", rows_file(f, {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2})],
+        lambda f: [
+            "--dataset",
+            rows_file(f, {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2}),
+        ],
         r"choice \(here 2\)",
     ),
     "ranked scores are no numbers": (
@@ -390,7 +495,9 @@ def test_what_is_not_finite_stops_the_run(train, tmp_path, monkeypatch):
     def infinite_gradient(margin, bound=None):
         return loss(margin, bound) + (1e30 * (margin - margin.detach()) * 1e30 if margin.requires_grad else 0)
 
-    for number, (change, message) in enumerate([(nan_loss, "step 1: the loss is not"), (infinite_gradient, "step 1: the gradient is")]):
+    for number, (change, message) in enumerate(
+        [(nan_loss, "step 1: the loss is not"), (infinite_gradient, "step 1: the gradient is")]
+    ):
         for stage in (0, 2):
             monkeypatch.setattr(reward, "constrained_ranking_loss", change)
             with pytest.raises(common.InputError, match=message):

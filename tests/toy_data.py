@@ -48,7 +48,12 @@ FILLER = [
     "My cousin used to work here as well.",
     "They painted the door green last year.",
 ]
-LOCATIONS = ["Aisle {aisle}.", "Go to aisle {aisle}.", "You will find {good} in aisle {aisle}.", "We keep {good} in aisle {aisle}."]
+LOCATIONS = [
+    "Aisle {aisle}.",
+    "Go to aisle {aisle}.",
+    "You will find {good} in aisle {aisle}.",
+    "We keep {good} in aisle {aisle}.",
+]
 UNSURE = "I am not sure."
 
 # The scale decides how certain the labels are: a right aisle against a wrong one differs by 8, so its label is wrong
