@@ -664,7 +664,7 @@ def main(args: Args) -> None:
     if process.rank == 0:
         plot_margins(lines, args, output_dir / "margins.png")
         common.write_file(output_dir / "eval.jsonl", "".join(map(common.json_line, lines)))  # last: the run is finished
-    process.print(f"finished: {output_dir}")
+    process.print(f"finished: look at {output_dir}/margins.png")
 
 
 if __name__ == "__main__":
