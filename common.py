@@ -61,7 +61,8 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
     args = tyro.cli(args_class, default=default, args=argv, use_underscores=True, console_outputs=rank == 0)
     if getattr(args, "model", None) == "" and args.task != "toy":
         if rank == 0:
-            print(f"--task {args.task} needs --model, the folder or Hub id of the model to start from", file=sys.stderr)
+            name = f"{Path(sys.argv[0]).name}: error: --task {args.task} needs --model"
+            print(f"{name}, the folder or Hub id of the model to start from", file=sys.stderr)
         sys.exit(2)
     return args
 
@@ -78,6 +79,8 @@ def check_flags(args) -> None:
     if not args.output_dir:
         return
     folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file: choose a folder")
     if not args.overwrite and any((folder / name).exists() for name in ("eval.jsonl", "model")):
         raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
     if args.model and (folder / "model").resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents):
@@ -125,6 +128,7 @@ def start(seed: int) -> Process:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # read_rows says what is wrong, in one line
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -432,6 +436,8 @@ def model_error(what: str, path: str, error: Exception) -> InputError:
     folder = Path(path)
     if folder.is_dir() and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
         reason = "only pickled weights, which can run code when loaded: convert them to safetensors first"
+    elif folder.is_dir() and not (folder / "config.json").exists() and (folder / "model").is_dir():
+        reason = f"it is the folder of a run: pass {folder / 'model'}"
     elif "trust_remote_code" in str(error):
         reason = "it needs code of its own: read that code, then pass --trust_remote_code"
     else:

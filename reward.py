@@ -436,7 +436,7 @@ class Scorer(torch.nn.Module):
         return self.classifier.score(ends_hidden).squeeze(-1).float()  # 2 B
 
 
-def load_reward_model(args: Args, tokenizer, config: dict):
+def load_reward_model(args: Args, tokenizer, config: dict, process: common.Process):
     """A sequence classifier with one label. A new head is drawn from the seed, alike on all ranks and ZeRO stages."""
     model, info = common.load_model(
         transformers.AutoModelForSequenceClassification, args.model, args, config,
@@ -446,6 +446,8 @@ def load_reward_model(args: Args, tokenizer, config: dict):
     if not hasattr(model, "score") or missing - {"score.weight"}:
         raise common.InputError(f"--model {args.model}: not a decoder with a `score` head; missing {sorted(missing)}")
     if missing:
+        if args.epochs == 0:
+            process.print(f"warning: {args.model} is no reward model; its scores come from a new, untrained head")
         with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
             head = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(args.seed))
             model.score.weight.data.copy_(head * model.config.get_text_config().initializer_range)
@@ -556,7 +558,7 @@ def plot_margins(lines: list[dict], args: Args, path: Path) -> None:
     left.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0, label="margin m")
     left.axhline(0, color="0.6", linewidth=0.8)
     if args.constraint in ("len_rat", "cos_sim"):
-        curve = np.linspace(similarity.min(), 1, 200)
+        curve = np.linspace(min(similarity.min(), 0.95), 1, 200)
         left.plot(curve, args.beta1 / (curve + args.beta2) + args.beta3, color="C3", label="bound δ*(s)")
     elif args.constraint != "none":
         left.scatter(similarity, [line["bound"] for line in lines], s=3, color="C3", label="bound")
@@ -593,11 +595,14 @@ def main(args: Args) -> None:
     steps_per_epoch = len(train_pairs) // args.global_batch_size
     total_steps = args.epochs * steps_per_epoch
     if args.epochs and not total_steps:
-        raise common.InputError(f"{len(train_pairs)} pairs do not fill a --global_batch_size of {args.global_batch_size}")
+        raise common.InputError(
+            f"{len(train_pairs)} pairs, without the held-out ones, do not fill a --global_batch_size of "
+            f"{args.global_batch_size}: pass a smaller one"
+        )
     if args.max_steps:
         total_steps = min(total_steps, args.max_steps)
 
-    model = load_reward_model(args, tokenizer, config)
+    model = load_reward_model(args, tokenizer, config, process)
     share_prefix = can_share_prefix(model, args.max_length)
     engine = common.make_engine(Scorer(model), args, config, total_steps, process)
     collator = functools.partial(

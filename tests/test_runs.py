@@ -430,7 +430,7 @@ BAD = {
     ),
     "too few pairs": (
         lambda f: ["--dataset", rows_file(f, *[GOOD | {"chosen": f"a {i}"} for i in range(5)])],
-        r"4 pairs do not fill a",
+        r"4 pairs, without the held-out ones, do not fill a --global_batch_size of 32: pass",
     ),
     "a finished run": (finished_run, r"out holds a finished run: choose another, or pass --overwrite"),
     "no pad token": (no_pad_token, r"nopad: its tokenizer has no padding token that differs from EOS"),
@@ -445,6 +445,11 @@ BAD = {
         r"out holds --model .* itself",
     ),
     "no limit as -1": (lambda f: ["--max_steps", "-1"], r"--max_steps is -1, but must be at least 0"),
+    "the folder of a run as the model": (
+        lambda f: (f / "run" / "model").mkdir(parents=True) or ["--model", str(f / "run")],
+        r"it is the folder of a run: pass .*run/model",
+    ),
+    "the output folder is a file": (lambda f: ["--output_dir", rows_file(f, GOOD)], r"rows.jsonl is a file: choose"),
     "never log": (lambda f: ["--log_every", "0"], r"--log_every is 0, but must be at least 1"),
     "a summary is no object": (
         lambda f: ["--dataset", rows_file(f, {"info": {"post": "p"}, "summaries": ["a", "b"], "choice": 0})],
