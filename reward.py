@@ -133,7 +133,7 @@ TASKS = {
         dataset="hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json", eval_dataset="",
         max_length=512, global_batch_size=16, learning_rate=3e-6, random_low=4.0, random_high=5.0, fixed_bound=4.5,
     ),
-    "tldr": PAPER | dict(  # Upstream evaluates on valid1
+    "tldr": PAPER | dict(  # Upstream: evaluated on valid1
         dataset=f"{TLDR}/train/*.parquet:train", eval_dataset=f"{TLDR}/validation/*.parquet:valid2",
         max_length=1024, global_batch_size=64, learning_rate=1e-6, random_low=5.0, random_high=6.0, fixed_bound=5.0,
     ),
@@ -245,7 +245,7 @@ def tokenize(pairs: list[Pair], tokenizer, max_length: int, dropped: Counter) ->
         if chosen == rejected:
             dropped["identical responses"] += 1
         elif max(len(pair.chosen_ids), len(pair.rejected_ids)) > max_length:
-            dropped[f"longer than --max_length {max_length}"] += 1
+            dropped[f"longer than --max_length {max_length}"] += 1  # Upstream: truncated
         else:
             kept.append(pair)
     return kept
@@ -262,7 +262,8 @@ def read_pairs(flag: str, name: str, split: str, tokenizer, args: Args, process:
         else:
             chunk.append(Pair(*parsed))
         if len(chunk) == 1000 or number == len(rows):  # in chunks: a tokenizer's lists take much more room than arrays
-            pairs, chunk = pairs + tokenize(chunk, tokenizer, args.max_length, dropped), []
+            pairs += tokenize(chunk, tokenizer, args.max_length, dropped)
+            chunk = []
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not pairs:
         raise common.InputError(f"{flag} {name}: no usable pair is left ({reasons})")
@@ -578,10 +579,10 @@ def plot_margins(lines: list[dict], args: Args, path: Path) -> None:
 
 
 def main(args: Args) -> None:
+    common.check_flags(args)
     process = common.start(args.seed)
     accumulation = common.accumulation_steps(args, process)
     config = common.engine_config(args, accumulation)
-    common.check_flags(args)
     args.model = args.model or common.on_rank_0(process, common.toy_model)
 
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)

@@ -180,37 +180,22 @@ def test_the_saved_model_gives_the_scores_of_training(train, tmp_path, tokenizer
 def test_similarity_is_cached_and_stays_with_its_pair(train, tmp_path, monkeypatch):
     """In another order the pairs have the similarities that they had; the same data again encode nothing."""
     rows = (common.DATA / "preference_eval.jsonl").read_text().splitlines(True)[:40]
-    found = []
     for name, order in (("a", rows), ("b", rows[::-1])):
         (tmp_path / f"{name}.jsonl").write_text("".join(order))
-        train(
-            "--constraint",
-            "cos_sim",
-            "--epochs",
-            "0",
-            "--eval_dataset",
-            str(tmp_path / f"{name}.jsonl"),
-            "--output_dir",
-            str(tmp_path / name),
-        )
-        found.append([line["similarity"] for line in lines(tmp_path / name / "eval.jsonl")])
-    assert found[0] == pytest.approx(found[1][::-1], abs=1e-6) and len(set(found[0])) > 30
+
+    def similarities(name: str, out: str) -> list[float]:
+        data, output = str(tmp_path / f"{name}.jsonl"), str(tmp_path / out)
+        train("--constraint", "cos_sim", "--epochs", "0", "--eval_dataset", data, "--output_dir", output)
+        return [line["similarity"] for line in lines(tmp_path / out / "eval.jsonl")]
+
+    first = similarities("a", "first")
+    assert first == pytest.approx(similarities("b", "reversed")[::-1], abs=1e-6) and len(set(first)) > 30
 
     def fail(*_, **__):
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(reward, "encode_texts", fail)
-    train(
-        "--constraint",
-        "cos_sim",
-        "--epochs",
-        "0",
-        "--eval_dataset",
-        str(tmp_path / "a.jsonl"),
-        "--output_dir",
-        str(tmp_path / "c"),
-    )
-    assert [line["similarity"] for line in lines(tmp_path / "c" / "eval.jsonl")] == found[0]
+    assert similarities("a", "again") == first
 
 
 def test_each_training_pair_meets_its_own_bound(train, tmp_path, monkeypatch):
@@ -450,6 +435,7 @@ BAD = {
         r"it is the folder of a run: pass .*run/model",
     ),
     "the output folder is a file": (lambda f: ["--output_dir", rows_file(f, GOOD)], r"rows.jsonl is a file: choose"),
+    "a negative seed": (lambda f: ["--seed", "-1"], r"--seed is -1, but must be at least 0"),
     "never log": (lambda f: ["--log_every", "0"], r"--log_every is 0, but must be at least 1"),
     "a summary is no object": (
         lambda f: ["--dataset", rows_file(f, {"info": {"post": "p"}, "summaries": ["a", "b"], "choice": 0})],
