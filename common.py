@@ -1,10 +1,12 @@
 """What is the same for any loss: process, flags, rows, models, the DeepSpeed engine, metrics and files.
 
 Nothing of a method lives here. A script calls, in this order: parse_args, run, check_flags, start, load_tokenizer,
-read_rows, load_model, make_engine, open_output, Metrics, optimizer_step, save_model. Errors that the user can mend are `InputError`s: one line on stderr.
+read_rows, load_model, make_engine, open_output, Metrics, optimizer_step, save_model, unsharded. Errors that the user can
+mend are `InputError`s: one line on stderr.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -30,6 +32,7 @@ import tyro
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
+LOGITS_AT_ONCE = 1 << 24  # numbers that a vocabulary head makes before they are used up: 64 MiB in fp32
 
 
 class InputError(Exception):
@@ -71,20 +74,22 @@ def check_flags(args) -> None:
     """InputError for a value out of range, and for results that must not be replaced; before any work."""
     least = dict(
         max_length=1, epochs=0, max_steps=0, micro_batch_size=1, global_batch_size=1, warmup_steps=0, seed=0,
-        log_every=1, eval_every=0, learning_rate=0, weight_decay=0,
+        log_every=1, eval_every=0, learning_rate=0, weight_decay=0, generate=0, kl_beta=0,
     )
     for name, minimum in least.items():
-        if not minimum <= getattr(args, name) < math.inf:
+        if hasattr(args, name) and not minimum <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} is {getattr(args, name)}, but must be at least {minimum}")
     if not args.output_dir:
         return
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file: choose a folder")
-    if not args.overwrite and any((folder / name).exists() for name in ("eval.jsonl", "model")):
+    if not args.overwrite and any((folder / name).exists() for name in ("eval.jsonl", "generations.json", "model")):
         raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
-    if args.model and (folder / "model").resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents):
-        raise InputError(f"--output_dir {folder} holds --model {args.model} itself: choose another folder")
+    for flag in ("model", "ref_model"):
+        model = getattr(args, flag, "")
+        if model and (folder / "model").resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
+            raise InputError(f"--output_dir {folder} holds --{flag} {model} itself: choose another folder")
 
 
 # ---------------------------------------------------------------- process
@@ -266,7 +271,7 @@ def open_output(args, process: Process, script: str) -> Path:
         check_flags(args)  # once more: another run may have finished there meanwhile
         ours = list(path.iterdir()) if (path / "args.json").exists() or args.overwrite else []
         for old in ours:  # of a run that was cut off or is replaced: what the scripts write, and nothing else
-            if old.name in ("args.json", "metrics.jsonl", "eval.jsonl", "margins.png"):
+            if old.name in ("args.json", "metrics.jsonl", "eval.jsonl", "margins.png", "generations.json"):
                 old.unlink()
             elif old.name in ("model", "tensorboard"):
                 shutil.rmtree(old)
@@ -310,7 +315,8 @@ class Metrics:
         for name, value in values.items():
             if value is not None and math.isfinite(value):
                 self.board.add_scalar(f"{split}/{name}", value, step)
-        shown = {k: values[k] for k in ("loss", "accuracy", "margin_mean", "margin_max") if values.get(k) is not None}
+        names = ("loss", "perplexity", "accuracy", "margin_mean", "margin_max")
+        shown = {k: values[k] for k in names if values.get(k) is not None}
         if split == "train" and not self.bar.disable:
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()})
         else:  # no terminal: no bar, but lines
@@ -516,6 +522,20 @@ def optimizer_step(engine, args, step: int, losses: list[torch.Tensor]) -> float
         raise InputError(f"step {step}: the gradient is not finite, and DeepSpeed skipped the step: {remedy}")
     norm = engine.get_global_grad_norm() if norm is None else norm
     return float("nan") if norm is None else float(norm)
+
+
+@contextlib.contextmanager
+def unsharded(engine):
+    """Inside, every rank has all weights, gathered once: ranks may then generate for different numbers of steps."""
+    optimizer = getattr(engine, "optimizer", None)
+    if not isinstance(engine, deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() < 3:
+        yield
+        return
+    sharding = getattr(optimizer, "parameter_offload", optimizer)
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        sharding._remove_module_hooks()  # they would shard each layer again behind its forward pass
+        yield
+    sharding.setup_zero_stage3_hooks()
 
 
 def save_model(engine, model, tokenizer, folder: Path, process: Process) -> None:
