@@ -195,7 +195,7 @@ def parse_pair(row: dict, where: str) -> tuple[str, str, str] | str:
     elif {"info", "summaries", "choice"} <= row.keys():
         choice, two = row["choice"], [s.get("text") for s in row["summaries"] or () if isinstance(s, dict)]
         if choice not in (0, 1) or len(two) != 2 or not isinstance(row["info"], dict):
-            raise common.InputError(f"{where}: info must hold a post, choice (here {choice!r}) be 0 or 1 of two summaries")
+            raise common.InputError(f"{where}: info must hold a post, choice (here {choice!r}) be 0 or 1 of 2 texts")
         post, chosen, rejected = row["info"].get("post"), two[int(choice)], two[1 - int(choice)]
         check_text(where, post=post)
         if post is None:  # a news article, not from Reddit

@@ -8,8 +8,8 @@ evaluate      python sft.py --epochs 0 --model <SFT model> --eval_dataset demons
 
 Input: demonstrations (JSON, JSONL, Parquet, a folder, a Hub id) with the columns prompt/completion, or
 instruction/input/output (AlpacaFarm), or post/summary (TL;DR).
-Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, generations.json (sampled answers to held-out prompts, as
-AlpacaEval reads them) and model/, which `AutoModelForCausalLM.from_pretrained` loads and reward.py and dpo.py start from.
+Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, generations.json (sampled answers to held-out prompts,
+as AlpacaEval reads them) and model/, which `AutoModelForCausalLM.from_pretrained` loads, and reward.py and dpo.py.
 
 Symbols in the shapes: R rows of a micro batch, T tokens of a row, N tokens under the loss, H hidden size.
 """
@@ -46,7 +46,7 @@ class Args:
     model: str = ""
     """Folder or Hub id of the starting model, a causal LM; toy: built when needed, with random weights."""
     dataset: str = str(common.DATA / "sft_train.jsonl")
-    """Demonstrations to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
+    """Rows to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
     eval_dataset: str = str(common.DATA / "sft_eval.jsonl")
     """Held-out demonstrations; empty: min(500, 10 %) of --dataset, drawn by --seed."""
     output_dir: str = ""
@@ -151,8 +151,8 @@ def parse_row(row: dict, where: str) -> tuple[str, str] | str:
         prompt = f"\n\nHuman: {task}\n\nPost: {post}\n\nSummary: \n\nAssistant: "
     else:
         raise common.InputError(
-            f"{where}: the columns are {', '.join(row)}, but must be prompt/completion, or instruction/input/output, or "
-            "post/summary"
+            f"{where}: the columns are {', '.join(row)}, but must be prompt/completion, or instruction/input/output, "
+            "or post/summary"
         )
     check_text(where, prompt=prompt, completion=completion)
     if prompt is None or completion is None:
@@ -202,7 +202,7 @@ def read_rows(flag: str, name: str, split: str, tokenizer, args: Args, process: 
             dropped[parsed] += 1
         else:
             chunk.append(Row(*parsed))
-        if len(chunk) == 1000 or number == len(rows):  # in chunks: a tokenizer's lists take much more room than arrays
+        if len(chunk) == 1000 or number == len(rows):  # in chunks: a tokenizer's lists take more room than arrays
             kept += tokenize(chunk, tokenizer, args.max_length, dropped)
             chunk = []
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
