@@ -1,8 +1,8 @@
 """What is the same for any loss: process, flags, rows, models, the DeepSpeed engine, metrics and files.
 
 Nothing of a method lives here. A script calls, in this order: parse_args, run, check_flags, start, load_tokenizer,
-read_rows, load_model, make_engine, open_output, Metrics, optimizer_step, save_model, unsharded. Errors that the user can
-mend are `InputError`s: one line on stderr.
+read_rows, load_model, make_engine, open_output, Metrics, optimizer_step, save_model. Errors that the user can mend
+are `InputError`s: one line on stderr.
 """
 
 import argparse

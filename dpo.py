@@ -326,8 +326,8 @@ def collate(pairs: list[Pair], pad_token_id: int, share_prefix: bool, device: to
     input_ids = np.full((count if shared else 2 * count, width), pad_token_id)  # R T
     sources, targets, parts = [], [], []
 
-    def predict(row: int, first: np.ndarray | range, ids: np.ndarray, part: int, pair: int) -> None:
-        sources.append(np.asarray(first) + row * width)
+    def predict(row: int, before: range | list[int], ids: np.ndarray, part: int, pair: int) -> None:
+        sources.append(np.array(before, np.int64) + row * width)
         targets.append(ids)
         parts.append(np.full(len(ids), part * count + pair))
 
@@ -573,7 +573,7 @@ def evaluate(engine, pairs, ranked, args, collator, process) -> tuple[dict, list
     metrics["length_accuracy"] = float((longer + 1).mean() / 2)  # a tie counts half
     metrics |= {"ranked_spearman": None, "ranked_kendall": None}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(constant|empty).*")  # then the correlation is NaN, written as null
+        warnings.filterwarnings("ignore", message=".*(constant|empty).*")  # the correlation is NaN then, written null
         metrics["spearman_similarity"] = float(spearmanr(margin, similarity).statistic)
         if ranked:
             ranked_pairs = [pair for prompt_pairs, _ in ranked for pair in prompt_pairs]

@@ -1,23 +1,32 @@
-"""Useful tokens per second of reward.py beside two other ways to do the same step, on this machine.
+"""Useful tokens per second of a training step, and its peak memory, beside other ways to do the same step.
 
-    python tests/benchmark.py --data pairs.json --tokenizer <model folder> --rounds 3
+    python tests/benchmark.py --method reward --data pairs.json --tokenizer <model folder> --rounds 3
+    python tests/benchmark.py --method dpo ...
+    python tests/benchmark.py --method sft ...
 
-Contestants, all on the same pairs, batch, model (6 layers, 384 wide, 49,152 tokens, random weights), bf16, allocator
+Contestants, all on the same rows, batch, model (6 layers, 384 wide, 49,152 tokens, random weights), bf16, allocator
 settings and number of threads, one after the other in each round, so that a slow minute hits all:
 
-    ours        python reward.py, through the DeepSpeed engine, with logging and TensorBoard
-    ours_fixed  the same with --constraint fixed: a constrained step should cost no more
-    padded      a plain loop: both sides encoded, every sequence padded to --max_length, scores of all positions
-    trl         trl.RewardTrainer (only where trl is installed; it is no requirement of this project)
+    ours        the script itself, through the DeepSpeed engine, with logging and TensorBoard
+    ours_fixed  (reward, dpo) the same with --constraint fixed: a constrained step should cost no more
+    ours_live   (dpo) the same with --live_reference
+    padded      (reward, dpo) a plain loop: both sides encoded, every sequence padded to --max_length; reward: scores of
+                all positions; dpo: a live reference, response positions alone through the vocabulary head
+    trl         TRL's RewardTrainer, DPOTrainer or SFTTrainer as it comes on this machine (only where trl is installed;
+                it is no requirement of this project)
+    trl_skip    (sft, dpo) the same, made to leave out prompt and padding in the vocabulary head, as it does on a GPU
 
 Useful tokens count no padding, and the prompt once for each response. Without --data the lengths are those of TL;DR
-comparisons: prompts of about 350 tokens, responses of about 35.
+comparisons: prompts of about 350 tokens, responses of about 35. The demonstrations of sft are the chosen responses.
 """
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +37,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+CONTESTANTS = {
+    "reward": ["ours", "ours_fixed", "padded", "trl"],
+    "dpo": ["ours", "ours_fixed", "ours_live", "padded", "trl_skip", "trl"],
+    "sft": ["ours", "trl_skip", "trl"],
+}
 
 
 def tldr_like(count: int) -> list[dict]:
@@ -42,7 +56,7 @@ def tldr_like(count: int) -> list[dict]:
 
 
 def prepare(args, folder: Path) -> None:
-    """Write the model, the pairs that all contestants see, and how many useful tokens they hold."""
+    """Write the model, the rows that all contestants see, and how many useful tokens they hold."""
     import transformers
 
     import common
@@ -59,69 +73,50 @@ def prepare(args, folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
-        num_labels=1,
+        **({"num_labels": 1} if args.method == "reward" else {}),
     )
     transformers.set_seed(0)
-    transformers.LlamaForSequenceClassification(config).save_pretrained(folder / "model")
+    kind = transformers.LlamaForSequenceClassification if args.method == "reward" else transformers.LlamaForCausalLM
+    kind(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = list(common.read_rows("--data", args.data, "train")) if args.data else tldr_like(2 * args.pairs)
     pairs = [reward.Pair(*p) for p in (reward.parse_pair(row, "") for row in rows) if not isinstance(p, str)]
     random.Random(0).shuffle(pairs)
     pairs = reward.tokenize(pairs[: 2 * args.pairs], tokenizer, args.max_length, Counter())
     pairs = pairs[: args.pairs // args.batch * args.batch]
-    with open(folder / "pairs.jsonl", "w") as file:
+    with open(folder / "rows.jsonl", "w") as file:
         for p in pairs:
-            file.write(json.dumps({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}) + "\n")
-    (folder / "eval.jsonl").write_text("".join((folder / "pairs.jsonl").read_text().splitlines(True)[:8]))
-    tokens = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
-    (folder / "facts.json").write_text(json.dumps({"pairs": len(pairs), "tokens": tokens}))
+            row = {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
+            file.write(json.dumps({"prompt": p.prompt, "completion": p.chosen} if args.method == "sft" else row) + "\n")
+    (folder / "eval.jsonl").write_text("".join((folder / "rows.jsonl").read_text().splitlines(True)[:8]))
+    sides = [p.chosen_ids for p in pairs] + ([] if args.method == "sft" else [p.rejected_ids for p in pairs])
+    tokens = sum(map(len, sides))
+    (folder / "facts.json").write_text(json.dumps({"rows": len(pairs), "tokens": tokens}))
     print(
-        f"{len(pairs)} pairs, {tokens} useful tokens, {statistics.mean(p.prefix for p in pairs):.0f} in the prefix, "
+        f"{len(pairs)} rows, {tokens} useful tokens, {statistics.mean(p.prefix for p in pairs):.0f} in the prefix, "
         f"{statistics.mean(max(p.branch_lengths) for p in pairs):.0f} in the longer response"
     )
 
 
-def ours(args, folder: Path, constraint: str) -> float:
+def ours(args, folder: Path, *flags: str) -> float:
     import common
-    import reward
 
+    os.environ["PCRM_CACHE"] = tempfile.mkdtemp(dir=folder)
+    script = importlib.import_module(args.method)
     out = tempfile.mkdtemp(dir=folder)
-    argv = [
-        "--model",
-        str(folder / "model"),
-        "--dataset",
-        str(folder / "pairs.jsonl"),
-        "--eval_dataset",
-        str(folder / "eval.jsonl"),
-        "--output_dir",
-        out,
-        "--constraint",
-        constraint,
-        "--fixed_bound",
-        "4.5",
-        "--max_length",
-        str(args.max_length),
-        "--epochs",
-        "1",
-        "--global_batch_size",
-        str(args.batch),
-        "--micro_batch_size",
-        str(args.batch),
-        "--dtype",
-        "bf16",
-        "--log_every",
-        "5",
-        "--zero_stage",
-        str(args.zero_stage),
-        "--learning_rate",
-        "1e-5",
-    ]
-    reward.main(common.parse_args(reward.Args, reward.preset, argv))
+    argv = ["--model", f"{folder}/model", "--dataset", f"{folder}/rows.jsonl", "--eval_dataset", f"{folder}/eval.jsonl"]
+    argv += ["--output_dir", out, "--max_length", str(args.max_length), "--epochs", "1", "--dtype", "bf16"]
+    argv += ["--global_batch_size", str(args.batch), "--micro_batch_size", str(args.batch), "--log_every", "5"]
+    argv += ["--zero_stage", str(args.zero_stage), "--learning_rate", "1e-5", *flags]
+    if args.method != "reward":
+        argv += ["--generate", "0"]
+    script.main(common.parse_args(script.Args, script.preset, argv))
     lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
     lines = [line for line in lines if line["split"] == "train"][1:]  # without the first step, as for the others
     steps = [b["step"] - a["step"] for a, b in zip([{"step": 1}, *lines], lines)]
-    seconds = sum(n * args.batch / line["pairs_per_s"] for n, line in zip(steps, lines))
-    return sum(n * args.batch / line["pairs_per_s"] * line["tokens_per_s"] for n, line in zip(steps, lines)) / seconds
+    rate = "rows_per_s" if args.method == "sft" else "pairs_per_s"
+    seconds = [n * args.batch / line[rate] for n, line in zip(steps, lines)]
+    return sum(s * line["tokens_per_s"] for s, line in zip(seconds, lines)) / sum(seconds)
 
 
 def padded(args, folder: Path, facts: dict) -> float:
@@ -130,13 +125,28 @@ def padded(args, folder: Path, facts: dict) -> float:
     import transformers
 
     import common
-    import reward
 
+    script = importlib.import_module(args.method)
     tokenizer = common.load_tokenizer(str(folder / "model"), False)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    kind = "AutoModelForSequenceClassification" if args.method == "reward" else "AutoModelForCausalLM"
+    load = getattr(transformers, kind).from_pretrained
+    model = load(folder / "model", dtype=torch.bfloat16)
+    reference = load(folder / "model", dtype=torch.bfloat16) if args.method == "dpo" else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    pairs = [reward.Pair(**json.loads(line)) for line in open(folder / "pairs.jsonl")]
-    reward.tokenize(pairs, tokenizer, args.max_length, Counter())
+    pairs = [script.Pair(**json.loads(line)) for line in open(folder / "rows.jsonl")]
+    script.tokenize(pairs, tokenizer, args.max_length, Counter())
+
+    def scores(model, ids):
+        hidden = model.base_model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).last_hidden_state
+        return model.score(hidden).squeeze(-1)[torch.arange(len(ids)), ends].float()
+
+    def logps(model, ids):
+        hidden = model.base_model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).last_hidden_state
+        where = is_response.nonzero(as_tuple=True)
+        logits = model.lm_head(hidden[:, :-1][where]).float()
+        own = -F.cross_entropy(logits, ids[:, 1:][where], reduction="none")
+        return torch.zeros(len(ids)).index_add(0, where[0], own)
+
     tokens, since = 0, None
     for start in range(0, len(pairs), args.batch):
         batch = pairs[start : start + args.batch]
@@ -144,10 +154,17 @@ def padded(args, folder: Path, facts: dict) -> float:
         ids = torch.full((len(rows), args.max_length), tokenizer.pad_token_id)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.from_numpy(row)
-        hidden = model.base_model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).last_hidden_state
-        scores = model.score(hidden).squeeze(-1)
-        scores = scores[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])].float()
-        chosen, rejected = scores.chunk(2)
+        ends = torch.tensor([len(row) - 1 for row in rows])
+        if args.method == "reward":
+            value = scores(model, ids)
+        else:
+            begins = torch.tensor([p.prompt_length for p in batch] * 2)
+            places = torch.arange(1, args.max_length)
+            is_response = (places >= begins[:, None]) & (places <= ends[:, None])
+            with torch.no_grad():
+                base = logps(reference, ids)
+            value = 0.1 * (logps(model, ids) - base)
+        chosen, rejected = value.chunk(2)
         F.softplus(rejected - chosen).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -161,8 +178,8 @@ def padded(args, folder: Path, facts: dict) -> float:
 
 def trl(args, folder: Path, facts: dict) -> float:
     import datasets
+    import trl
     from transformers import TrainerCallback
-    from trl import RewardConfig, RewardTrainer
 
     class Clock(TrainerCallback):
         def on_step_end(self, arguments, state, control, **kwargs):
@@ -170,8 +187,12 @@ def trl(args, folder: Path, facts: dict) -> float:
             if state.global_step == 1:
                 self.first = self.last
 
-    clock = Clock()
-    config = RewardConfig(
+    if args.worker == "trl_skip":
+        import trl.trainer.utils
+
+        trl.trainer.utils._use_triton = lambda device: True  # read only where it decides which positions are scored
+    clock, name = Clock(), {"reward": "Reward", "dpo": "DPO", "sft": "SFT"}[args.method]
+    config = getattr(trl, f"{name}Config")(
         output_dir=tempfile.mkdtemp(dir=folder),
         per_device_train_batch_size=args.batch,
         max_length=args.max_length,
@@ -185,15 +206,16 @@ def trl(args, folder: Path, facts: dict) -> float:
         report_to=["tensorboard"],
         disable_tqdm=True,
     )
-    rows = datasets.load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
-    trainer = RewardTrainer(str(folder / "model"), args=config, train_dataset=rows, callbacks=[clock])
+    rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
+    trainer = getattr(trl, f"{name}Trainer")(f"{folder}/model", args=config, train_dataset=rows, callbacks=[clock])
     trainer.train()
-    steps = facts["pairs"] // args.batch
+    steps = facts["rows"] // args.batch
     return facts["tokens"] * (steps - 1) / steps / (clock.last - clock.first)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=list(CONTESTANTS), default="reward")
     parser.add_argument("--data", default="", help="preference pairs in any format that reward.py reads")
     parser.add_argument("--tokenizer", default="", help="a model folder whose tokenizer is used; default: the toy's")
     parser.add_argument("--pairs", type=int, default=240)
@@ -201,26 +223,29 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--zero_stage", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="ours,ours_fixed,padded,trl")
+    parser.add_argument("--only", default="", help="some contestants, the first compared with the others")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         folder = Path(args.folder)
         facts = json.loads((folder / "facts.json").read_text())
+        flags = {
+            "ours_fixed": ["--constraint", "fixed", "--fixed_bound", "4.5"],
+            "ours_live": ["--live_reference"],
+        }
         if args.worker.startswith("ours"):
-            speed = ours(args, folder, "fixed" if args.worker == "ours_fixed" else "none")
+            speed = ours(args, folder, *flags.get(args.worker, []))
         else:
-            speed = {"padded": padded, "trl": trl}[args.worker](args, folder, facts)
-        print(f"SPEED {speed}")
+            speed = {"padded": padded, "trl": trl, "trl_skip": trl}[args.worker](args, folder, facts)
+        print(f"SPEED {speed} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}")
         return
 
-    import importlib.util
-
-    names = [n for n in args.only.split(",") if n != "trl" or importlib.util.find_spec("trl")]
+    names = args.only.split(",") if args.only else CONTESTANTS[args.method]
+    names = [n for n in names if not n.startswith("trl") or importlib.util.find_spec("trl")]
     # The same for all: keep freed memory in the process.
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
-    speeds = {name: [] for name in names}
+    speeds, memory = {name: [] for name in names}, {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         prepare(args, Path(folder))
         for round_number in range(args.rounds):
@@ -231,12 +256,14 @@ def main() -> None:
                 if not speed:
                     sys.exit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
                 speeds[name].append(float(speed[0].split()[1]))
+                memory[name].append(float(speed[0].split()[2]))
                 print(f"round {round_number + 1} {name:11} {speeds[name][-1]:8.0f} tokens/s", flush=True)
     for name in names:
         ratios = [ours / other for ours, other in zip(speeds[names[0]], speeds[name])]
         print(
             f"{name:11} median {statistics.median(speeds[name]):8.0f} tokens/s; {names[0]} is "
-            f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f}); "
+            f"peak memory {max(memory[name]):.1f} GiB"
         )
 
 
