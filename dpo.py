@@ -457,9 +457,11 @@ class Policy(torch.nn.Module):
         hidden = outputs.last_hidden_state.flatten(0, 1)[sources]  # R*T H -> N H
         chunks = torch.tensor(-(-len(sources) // self.at_once), device=hidden.device)
         dist.all_reduce(chunks, dist.ReduceOp.MAX)  # at ZeRO-3 each rank must call the head equally often
-        pieces = zip(hidden.tensor_split(chunks.item()), targets.tensor_split(chunks.item()))
-        # Logits are made again in the backward pass: only one piece of them is ever held.
-        logps = torch.cat([checkpoint(self.logps, *piece, use_reentrant=False) for piece in pieces])  # N
+        pieces = list(zip(hidden.tensor_split(chunks.item()), targets.tensor_split(chunks.item())))
+        # The backward pass makes the logits again, but for the last pieces: so many are held, however long the rows.
+        early, late = pieces[: -common.LOGITS_HELD], pieces[-common.LOGITS_HELD :]
+        logps = [checkpoint(self.logps, *piece, use_reentrant=False) for piece in early]
+        logps = torch.cat(logps + [self.logps(*piece) for piece in late])  # N
         both, chosen, rejected = logps.new_zeros(3 * pairs).index_add(0, parts, logps).view(3, pairs)  # each B
         return torch.stack([both + chosen, both + rejected])  # 2 B
 
