@@ -76,10 +76,14 @@ def check_flags(args) -> None:
     least = dict(
         max_length=1, epochs=0, max_steps=0, micro_batch_size=1, global_batch_size=1, warmup_steps=0, seed=0,
         log_every=1, eval_every=0, learning_rate=0, weight_decay=0, generate=0, kl_beta=0,
+        label_smoothing=0,
     )
+    most = dict(label_smoothing=0.5)
     for name, minimum in least.items():
-        if hasattr(args, name) and not minimum <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name} is {getattr(args, name)}, but must be at least {minimum}")
+        value, maximum = getattr(args, name, minimum), most.get(name, sys.float_info.max)
+        if not minimum <= value <= maximum:
+            limit = f"at most {maximum}" if value > maximum and name in most else f"at least {minimum}"
+            raise InputError(f"--{name} is {value}, but must be {limit}")
     if not args.output_dir:
         return
     folder = Path(args.output_dir)
@@ -272,7 +276,7 @@ def open_output(args, process: Process, script: str) -> Path:
         check_flags(args)  # once more: another run may have finished there meanwhile
         ours = list(path.iterdir()) if (path / "args.json").exists() or args.overwrite else []
         for old in ours:  # of a run that was cut off or is replaced: what the scripts write, and nothing else
-            if old.name in ("args.json", "metrics.jsonl", "eval.jsonl", "margins.png", "generations.json"):
+            if old.name in ("args.json", "metrics.jsonl", "eval.jsonl", "margins.png", "generations.json", "ppo.png"):
                 old.unlink()
             elif old.name in ("model", "tensorboard"):
                 shutil.rmtree(old)

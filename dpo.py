@@ -686,7 +686,8 @@ def write_generations(engine, model, tokenizer, pairs: list[Pair], args: Args, p
     prompts = {p.prompt: p.chosen_ids[: p.prompt_length] for p in pairs}
     prompts = dict(list(prompts.items())[: args.generate])
     answers = sample(engine, model, tokenizer, list(prompts.values()), args, process)
-    generator, dataset = Path(args.output_dir).name, Path(args.eval_dataset or args.dataset).name
+    generator, dataset = Path(args.output_dir).name, args.eval_dataset or args.dataset
+    dataset = Path(dataset).name if Path(dataset).exists() else dataset
     results = [
         {
             "instruction": prompt.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant: "),

@@ -358,7 +358,7 @@ def similarities(pairs: list[Pair], args: Args, process: common.Process) -> torc
     encoder = args.encoder or args.model
     texts = [p.prompt + response for p in pairs for response in (p.chosen, p.rejected)]  # 2n, in turn
     try:
-        content = [encoder_version(encoder, args.trust_remote_code), args.encoder_pooling, texts]
+        content = [model_version(encoder, args.trust_remote_code), args.encoder_pooling, texts]
         name = hashlib.sha256(json.dumps(content).encode()).hexdigest() + ".npy"
         cached = common.cache_root() / "similarity" / name
         found = common.on_rank_0(process, lambda: np.load(cached) if cached.exists() else None)
@@ -392,13 +392,13 @@ def similarities(pairs: list[Pair], args: Args, process: common.Process) -> torc
 
 
 @functools.cache
-def encoder_version(encoder: str, trust_remote_code: bool) -> str:
-    """What changes when the encoder does: the Hub's commit, or a digest of the folder's files."""
-    if not Path(encoder).is_dir():
-        config = transformers.AutoConfig.from_pretrained(encoder, trust_remote_code=trust_remote_code)
-        return f"{encoder}@{config._commit_hash}"
+def model_version(path: str, trust_remote_code: bool) -> str:
+    """What changes when the model does: the Hub's commit, or a digest of the folder's files."""
+    if not Path(path).is_dir():
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return f"{path}@{config._commit_hash}"
     digest = hashlib.sha256()
-    for path in sorted(Path(encoder).iterdir()):
+    for path in sorted(Path(path).iterdir()):
         if path.suffix in (".safetensors", ".json", ".txt", ".model"):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -437,7 +437,7 @@ class Scorer(torch.nn.Module):
         return self.classifier.score(ends_hidden).squeeze(-1).float()  # 2 B
 
 
-def load_reward_model(args: Args, tokenizer, config: dict, process: common.Process):
+def load_reward_model(args: Args, tokenizer, config: dict):
     """A sequence classifier with one label. A new head is drawn from the seed, alike on all ranks and ZeRO stages."""
     model, info = common.load_model(
         transformers.AutoModelForSequenceClassification, args.model, args, config,
@@ -448,7 +448,7 @@ def load_reward_model(args: Args, tokenizer, config: dict, process: common.Proce
         raise common.InputError(f"--model {args.model}: not a decoder with a `score` head; missing {sorted(missing)}")
     if missing:
         if args.epochs == 0:
-            process.print(f"warning: {args.model} is no reward model; its scores come from a new, untrained head")
+            raise common.InputError(f"--model {args.model} is no reward model, but --epochs 0 evaluates one")
         with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
             head = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(args.seed))
             model.score.weight.data.copy_(head * model.config.get_text_config().initializer_range)
@@ -603,7 +603,7 @@ def main(args: Args) -> None:
     if args.max_steps:
         total_steps = min(total_steps, args.max_steps)
 
-    model = load_reward_model(args, tokenizer, config, process)
+    model = load_reward_model(args, tokenizer, config)
     share_prefix = can_share_prefix(model, args.max_length)
     engine = common.make_engine(Scorer(model), args, config, total_steps, process)
     collator = functools.partial(

@@ -298,13 +298,13 @@ def load_policy(path: str, args: Args, tokenizer, config: dict):
         transformers.AutoModelForCausalLM, path, args, config, pad_token_id=tokenizer.pad_token_id
     )
     if any(name.startswith("score.") for name in info["unexpected_keys"]):
-        raise common.InputError(f"--model {path} is a reward model, but a language model is needed: pass the SFT model")
+        raise common.InputError(f"{path} is a reward model, but a language model is needed: pass the SFT model")
     if info["missing_keys"]:
-        raise common.InputError(f"--model {path}: no language model; missing {sorted(info['missing_keys'])}")
+        raise common.InputError(f"{path}: no language model; missing {sorted(info['missing_keys'])}")
     text_config = model.config.get_text_config()
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(text_config, name, None) not in (None, 1):
-            raise common.InputError(f"--model {path}: its {name} changes the logits after the head; not supported")
+            raise common.InputError(f"{path}: its {name} changes the logits after the head; not supported")
     return model
 
 
@@ -371,7 +371,8 @@ def write_generations(engine, model, tokenizer, rows: list[Row], args: Args, pro
     prompts = {row.prompt: row.ids[: row.prompt_length] for row in rows}
     prompts = dict(list(prompts.items())[: args.generate])
     answers = sample(engine, model, tokenizer, list(prompts.values()), args, process)
-    generator, dataset = Path(args.output_dir).name, Path(args.eval_dataset or args.dataset).name
+    generator, dataset = Path(args.output_dir).name, args.eval_dataset or args.dataset
+    dataset = Path(dataset).name if Path(dataset).exists() else dataset
     results = [
         {
             "instruction": prompt.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant: "),

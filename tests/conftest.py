@@ -1,5 +1,6 @@
 """One process group and one cache for the whole test run; nothing is read from the network."""
 
+import functools
 import os
 import sys
 import tempfile
@@ -32,10 +33,16 @@ def tokenizer(toy):
 
 
 @pytest.fixture
-def train(process):
-    """train("--constraint", "fixed", ...) runs reward.py's main in this process."""
+def run(process):
+    """run(script, "--constraint", "fixed", ...) runs a script's main in this process."""
 
-    def call(*argv: str) -> None:
-        reward.main(common.parse_args(reward.Args, reward.preset, list(argv)))
+    def call(script, *argv: str) -> None:
+        script.main(common.parse_args(script.Args, script.preset, list(argv)))
 
     return call
+
+
+@pytest.fixture
+def train(run):
+    """train("--constraint", "fixed", ...) runs reward.py's main in this process."""
+    return functools.partial(run, reward)

@@ -1,5 +1,6 @@
 """The README against the code: its commands parse, its keys are the ones that are logged, its files exist."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -7,29 +8,34 @@ from pathlib import Path
 import pytest
 
 import common
+import dpo
 import reward
+import sft
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"(?:deepspeed|python)(?: --num_gpus \d+)? (\w+\.py)([^\n`]*)", README + reward.__doc__)
+HEADERS = "".join(script.__doc__ for script in (sft, reward, dpo))
+COMMANDS = re.findall(r"(?:deepspeed|python)(?: --num_gpus \d+)? (\w+\.py)([^\n`]*)", README + HEADERS)
 
 
-def test_there_are_ten_runs_of_the_paper():
-    runs = {tuple(shlex.split(rest)) for name, rest in COMMANDS if "--task" in rest and "--num_gpus" not in rest}
-    assert {r for r in runs if len(r) == 4} == {
-        ("--task", task, "--constraint", constraint)
-        for task in ("alpaca", "tldr")
-        for constraint in ("none", "len_rat", "cos_sim", "random", "fixed")
-    }
+def test_the_papers_runs_are_there():
+    """2 of SFT, 10 of the reward model, 3 of DPO."""
+    runs = {(name, *shlex.split(rest)) for name, rest in COMMANDS if "--task" in rest and "--model" not in rest}
+    five = ("none", "len_rat", "cos_sim", "random", "fixed")
+    assert runs == (
+        {("sft.py", "--task", task) for task in ("alpaca", "tldr")}
+        | {("reward.py", "--task", task, "--constraint", c) for task in ("alpaca", "tldr") for c in five}
+        | {("dpo.py", "--task", "alpaca", "--constraint", c) for c in five[:3]}
+    )
 
 
 @pytest.mark.parametrize("name, rest", sorted(set(COMMANDS)))
 def test_commands_parse(name, rest):
-    assert name == "reward.py"
+    script = importlib.import_module(name.removesuffix(".py"))
     argv = shlex.split(re.sub(r"\s{2,}.*|<[^>]*>|\.\.\.\)?", lambda m: "m" if m[0].startswith("<") else "", rest))
     if "--task" in argv and "--model" not in argv:
         argv += ["--model", "m"]
-    assert common.parse_args(reward.Args, reward.preset, argv)
+    assert common.parse_args(script.Args, script.preset, argv)
 
 
 def test_the_two_commands():
@@ -40,11 +46,11 @@ def test_the_two_commands():
 
 
 def test_files_and_keys_are_named():
-    for name in ("reward.py", "priors.py", "common.py", "assets/margins.png"):
+    for name in ("sft.py", "reward.py", "dpo.py", "priors.py", "common.py", "assets/margins.png"):
         assert (ROOT / name).exists() and name in README
     for key in (
         "loss rank_loss constraint_loss accuracy margin_mean margin_std margin_max bound_mean over_bound chosen_score "
-        "rejected_score score_std lr grad_norm pairs_per_s tokens_per_s length_accuracy spearman_similarity ranked_spearman "
-        "ranked_kendall"
+        "rejected_score score_std lr grad_norm pairs_per_s tokens_per_s length_accuracy spearman_similarity "
+        "ranked_spearman ranked_kendall perplexity rows_per_s chosen_reward rejected_reward chosen_logps rejected_logps kl"
     ).split():
         assert f"`{key}`" in README, key

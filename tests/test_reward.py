@@ -316,7 +316,7 @@ def test_schedule_and_optimizer(process, toy):
     """Cosine from the peak to 0 at the last step that is run; no decay on biases and norm weights."""
     args = reward.Args(model=toy, learning_rate=1.0, weight_decay=0.1, micro_batch_size=1, global_batch_size=1)
     config = common.engine_config(args, 1)
-    model = reward.load_reward_model(args, common.load_tokenizer(toy, False), config, process)
+    model = reward.load_reward_model(args, common.load_tokenizer(toy, False), config)
     engine = common.make_engine(reward.Scorer(model), args, config, 4, process)
     assert [engine.lr_scheduler.lr_lambdas[0](i) for i in range(5)] == pytest.approx(
         [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)]

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +13,8 @@ import transformers
 
 import common
 import reward
+from helpers import ROOT, launch, lines, rows_file
 
-ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--max_steps", "3", "--log_every", "1", "--micro_batch_size", "4", "--global_batch_size", "16"]
 TRAIN_KEYS = {
     "step",
@@ -45,25 +42,6 @@ EVAL_KEYS = TRAIN_KEYS - {"lr", "grad_norm", "pairs_per_s", "tokens_per_s"} | {
     "ranked_spearman",
     "ranked_kendall",
 }
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def launch(ranks: int, *argv: str) -> subprocess.CompletedProcess:
-    """Plain Python for 0 ranks, else the deepspeed launcher."""
-    launcher = (
-        [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)] if ranks else [sys.executable]
-    )
-    # Another port for each test run, so that two on one machine do not meet.
-    port = ["--master_port", str(20000 + os.getpid() % 20000)] if ranks else []
-    # Without what common.start() has set in this process.
-    own = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {name: value for name, value in os.environ.items() if name not in own}
-    return subprocess.run(
-        [*launcher, *port, str(ROOT / "reward.py"), *argv], capture_output=True, text=True, env=environment
-    )
 
 
 @pytest.mark.parametrize("constraint", ["none", "len_rat", "cos_sim", "random", "fixed"])
@@ -185,7 +163,8 @@ def test_similarity_is_cached_and_stays_with_its_pair(train, tmp_path, monkeypat
 
     def similarities(name: str, out: str) -> list[float]:
         data, output = str(tmp_path / f"{name}.jsonl"), str(tmp_path / out)
-        train("--constraint", "cos_sim", "--epochs", "0", "--eval_dataset", data, "--output_dir", output)
+        step = ["--max_steps", "1", "--global_batch_size", "8"]
+        train("--constraint", "cos_sim", "--dataset", data, "--eval_dataset", data, "--output_dir", output, *step)
         return [line["similarity"] for line in lines(tmp_path / out / "eval.jsonl")]
 
     first = similarities("a", "first")
@@ -262,11 +241,11 @@ def test_every_file_format(process, tmp_path):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """The losses of three steps with a random bound under plain Python at ZeRO-0."""
+    """The results of three steps with a random bound under plain Python at ZeRO-0."""
     out = tmp_path_factory.mktemp("one") / "out"
-    done = launch(0, "--constraint", "random", "--output_dir", str(out), *SHORT)
+    done = launch("reward.py", 0, "--constraint", "random", "--output_dir", str(out), *SHORT)
     assert done.returncode == 0, done.stderr
-    return lines(out / "metrics.jsonl")
+    return out
 
 
 @pytest.mark.parametrize(
@@ -281,9 +260,20 @@ def one_process(tmp_path_factory):
 )
 def test_ranks_and_zero_stages_change_nothing(one_process, tmp_path, ranks, stage, extra):
     out = tmp_path / "out"
-    done = launch(ranks, "--constraint", "random", "--zero_stage", str(stage), "--output_dir", str(out), *SHORT, *extra)
+    done = launch(
+        "reward.py",
+        ranks,
+        "--constraint",
+        "random",
+        "--zero_stage",
+        str(stage),
+        "--output_dir",
+        str(out),
+        *SHORT,
+        *extra,
+    )
     assert done.returncode == 0, done.stderr
-    for mine, other in zip(lines(out / "metrics.jsonl"), one_process, strict=True):
+    for mine, other in zip(lines(out / "metrics.jsonl"), lines(one_process / "metrics.jsonl"), strict=True):
         for key in ("loss", "accuracy", "margin_max", "bound_mean", "chosen_score", "grad_norm", "ranked_kendall"):
             assert mine.get(key) == pytest.approx(other.get(key), abs=2e-4), (mine["step"], key)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out / "model")
@@ -297,11 +287,13 @@ def test_ranks_and_zero_stages_change_nothing(one_process, tmp_path, ranks, stag
 
 def test_evaluation_alone_at_zero_3(one_process, tmp_path):
     out = tmp_path / "out"
-    done = launch(2, "--constraint", "random", "--epochs", "0", "--zero_stage", "3", "--output_dir", str(out))
+    model = ["--model", str(one_process / "model"), "--constraint", "random"]
+    done = launch("reward.py", 2, *model, "--epochs", "0", "--zero_stage", "3", "--output_dir", str(out))
     assert done.returncode == 0, done.stderr
     (metrics,) = lines(out / "metrics.jsonl")
-    assert metrics["loss"] == pytest.approx(one_process[0]["loss"], abs=2e-4)
-    assert metrics["ranked_spearman"] == pytest.approx(one_process[0]["ranked_spearman"], abs=2e-4)
+    before = lines(one_process / "metrics.jsonl")[-1]
+    assert metrics["loss"] == pytest.approx(before["loss"], abs=2e-4)
+    assert metrics["ranked_spearman"] == pytest.approx(before["ranked_spearman"], abs=2e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -316,12 +308,6 @@ def test_bf16(train, tmp_path, stage):
 # ---------------------------------------------------------------- bad input
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
-
-
-def rows_file(folder: Path, *rows: dict) -> str:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def alpaca(preference) -> dict:
@@ -452,6 +438,7 @@ BAD = {
         lambda f: ["--ranked_dataset", rows_file(f, {"prompt": "p", "responses": ["a", "b"], "scores": ["1", "2"]})],
         r"row 1: prompt must be text, responses a list",
     ),
+    "a language model is evaluated": (lambda f: ["--epochs", "0"], r"is no reward model, but --epochs 0"),
     "offload without ZeRO": (lambda f: ["--offload"], r"needs --zero_stage 1, 2 or 3"),
     "ranked columns": (lambda f: ["--ranked_dataset", rows_file(f, GOOD)], r"but must be prompt/responses/scores"),
 }
@@ -500,14 +487,14 @@ def test_what_is_not_finite_stops_the_run(train, tmp_path, monkeypatch):
 def test_errors_reach_the_shell():
     """One line on stderr and status 1, alone and on two ranks; status 2 for a malformed command line."""
     for ranks in (0, 2):
-        done = launch(ranks, "--constraint", "len_rat", "--beta3", "-30")
+        done = launch("reward.py", ranks, "--constraint", "len_rat", "--beta3", "-30")
         assert done.returncode == 1
         said = [line for line in done.stderr.splitlines() if line.startswith("reward.py: error:")]
         assert len(said) == 1 and "beta3=-30" in said[0]
         assert "Traceback" not in done.stderr
-    assert "--task alpaca needs --model" in launch(0, "--task", "alpaca").stderr
+    assert "--task alpaca needs --model" in launch("reward.py", 0, "--task", "alpaca").stderr
     for argv in (["--task", "alpaca"], ["--constraint", "nothing"], ["--unknown", "1"], ["--beta1", "many"]):
-        done = launch(0, *argv)
+        done = launch("reward.py", 0, *argv)
         assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
