@@ -295,8 +295,8 @@ def load_pairs(args: Args, tokenizer, process: common.Process) -> tuple[list[Pai
 def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: steps x size row numbers, a function of (seed, epoch) and the data alone.
 
-    Pairs of like length come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the
-    batches are shuffled. A global batch is then cut to ranks and micro batches, so their number changes nothing.
+    Like lengths come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the batches
+    are shuffled. A global batch is then cut to ranks and micro batches, so their number changes nothing.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -750,7 +750,7 @@ def main(args: Args) -> None:
         logps = reference_logps(reference, pairs, args, collator, process)  # 2 n
         for pair, ref_logps in zip(pairs, logps.T.tolist(), strict=True):
             pair.ref_logps = ref_logps
-    ref_logps = torch.tensor([p.ref_logps for p in train_pairs], device=process.device).T  # 2 n
+    ref_logps = torch.tensor([p.ref_logps for p in train_pairs], device=process.device).view(-1, 2).T  # 2 n
     if not args.live_reference:
         del reference  # its memory is free now
     output_dir = common.open_output(args, process, "dpo")

@@ -227,8 +227,8 @@ def load_rows(args: Args, tokenizer, process: common.Process) -> tuple[list[Row]
 def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: steps x size row numbers, a function of (seed, epoch) and the data alone.
 
-    Rows of like length come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the
-    batches are shuffled. A global batch is then cut to ranks and micro batches, so their number changes nothing.
+    Like lengths come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the batches
+    are shuffled. A global batch is then cut to ranks and micro batches, so their number changes nothing.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))

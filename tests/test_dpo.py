@@ -309,7 +309,7 @@ def test_ranks_and_zero_stages_change_nothing(small, one_process, tmp_path, rank
     assert done.returncode == 0, done.stderr
     for mine, other in zip(lines(out / "metrics.jsonl"), lines(one_process / "metrics.jsonl"), strict=True):
         for key in ("loss", "margin_mean", "chosen_logps", "kl", "grad_norm", "ranked_kendall"):
-            assert mine.get(key) == pytest.approx(other.get(key), rel=1e-3, abs=1e-3), (mine["step"], key)
+            assert (mine.get(key) or 0) == pytest.approx(other.get(key) or 0, rel=1e-3, abs=1e-3), (mine["step"], key)
     assert transformers.AutoModelForCausalLM.from_pretrained(out / "model")
 
 
@@ -318,8 +318,9 @@ def test_ranks_and_zero_stages_change_nothing(small, one_process, tmp_path, rank
 
 def other_vocabulary(folder) -> str:
     shutil.copytree(common.toy_model(), folder / "other")
-    config = (folder / "other" / "tokenizer.json").read_text()
-    (folder / "other" / "tokenizer.json").write_text(config.replace('"ing"', '"gni"'))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "other")
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(folder / "other")
     return str(folder / "other")
 
 
