@@ -76,9 +76,11 @@ def check_flags(args) -> None:
     least = dict(
         max_length=1, epochs=0, max_steps=0, micro_batch_size=1, global_batch_size=1, warmup_steps=0, seed=0,
         log_every=1, eval_every=0, learning_rate=0, weight_decay=0, generate=0, kl_beta=0,
-        label_smoothing=0,
+        label_smoothing=0, kl_coef=0, max_kl=0, score_clip=0, missing_eos_penalty=0, gamma=0, gae_lambda=0, cliprange=0,
+        cliprange_value=0, ppo_epochs=1, minibatches=1, temperature=1e-3, max_prompt_length=1, max_new_tokens=1,
+        policy_learning_rate=0, critic_learning_rate=0,
     )
-    most = dict(label_smoothing=0.5)
+    most = dict(label_smoothing=0.5, gamma=1, gae_lambda=1)
     for name, minimum in least.items():
         value, maximum = getattr(args, name, minimum), most.get(name, sys.float_info.max)
         if not minimum <= value <= maximum:
@@ -91,7 +93,7 @@ def check_flags(args) -> None:
         raise InputError(f"--output_dir {folder} is a file: choose a folder")
     if not args.overwrite and any((folder / name).exists() for name in ("eval.jsonl", "generations.json", "model")):
         raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
-    for flag in ("model", "ref_model"):
+    for flag in ("model", "ref_model", "policy_model", "reward_model", "judge_model"):
         model = getattr(args, flag, "")
         if model and (folder / "model").resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
             raise InputError(f"--output_dir {folder} holds --{flag} {model} itself: choose another folder")
@@ -320,7 +322,7 @@ class Metrics:
         for name, value in values.items():
             if value is not None and math.isfinite(value):
                 self.board.add_scalar(f"{split}/{name}", value, step)
-        names = ("loss", "perplexity", "accuracy", "margin_mean", "margin_max")
+        names = ("loss", "perplexity", "accuracy", "margin_mean", "margin_max", "score_mean", "kl")
         shown = {k: values[k] for k in names if values.get(k) is not None}
         if split == "train" and not self.bar.disable:
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()})

@@ -37,7 +37,7 @@ def run(script, folder: Path, *argv: str) -> Path:
 
 @torch.no_grad()
 def gold(folder: Path, seed: int) -> dict[str, float]:
-    """Mean gold score of sampled answers, the share with the right aisle, and their length in characters."""
+    """Mean gold score of sampled answers, and their length in characters."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     prompts = [row["prompt"] for row in lines(common.DATA / "prompts_eval.jsonl")] * ANSWERS
