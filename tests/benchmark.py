@@ -3,6 +3,7 @@
     python tests/benchmark.py --method reward --data pairs.json --tokenizer <model folder> --rounds 3
     python tests/benchmark.py --method dpo ...
     python tests/benchmark.py --method sft ...
+    python tests/benchmark.py --method ppo --batch 16 ...
 
 Contestants, all on the same rows, batch, model (6 layers, 384 wide, 49,152 tokens, random weights), bf16, allocator
 settings and number of threads, one after the other in each round, so that a slow minute hits all:
@@ -10,14 +11,16 @@ settings and number of threads, one after the other in each round, so that a slo
     ours        the script itself, through the DeepSpeed engine, with logging and TensorBoard
     ours_fixed  (reward, dpo) the same with --constraint fixed: a constrained step should cost no more
     ours_live   (dpo) the same with --live_reference
-    padded      (reward, dpo) a plain loop: both sides encoded, every sequence padded to --max_length; reward: scores of
-                all positions; dpo: a live reference, response positions alone through the vocabulary head
-    trl         TRL's RewardTrainer, DPOTrainer or SFTTrainer as it comes on this machine (only where trl is installed;
+    padded      (reward, dpo, ppo) a plain loop: both sides encoded, every sequence padded to --max_length; reward: scores of
+                all positions; dpo: a live reference, response positions alone through the vocabulary head; ppo: prompts padded on the left to
+                256 tokens, for sampling and learning alike
+    trl         TRL's RewardTrainer, DPOTrainer, SFTTrainer or (TRL 1.12) PPOTrainer as it comes on this machine (only where trl is installed;
                 it is no requirement of this project)
     trl_skip    (sft, dpo) the same, made to leave out prompt and padding in the vocabulary head, as it does on a GPU
 
 Useful tokens count no padding, and the prompt once for each response. Without --data the lengths are those of TL;DR
-comparisons: prompts of about 350 tokens, responses of about 35. The demonstrations of sft are the chosen responses.
+comparisons: prompts of about 350 tokens, responses of about 35. The demonstrations of sft are the chosen responses. ppo
+counts prompts per second, and samples 48 tokens for each.
 """
 
 import argparse
@@ -36,11 +39,13 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PROMPT, ANSWER = 256, 48  # ppo: the width that `padded` pads to, and tokens sampled
 sys.path.insert(0, str(ROOT))
 CONTESTANTS = {
     "reward": ["ours", "ours_fixed", "padded", "trl"],
     "dpo": ["ours", "ours_fixed", "ours_live", "padded", "trl_skip", "trl"],
     "sft": ["ours", "trl_skip", "trl"],
+    "ppo": ["ours", "padded", "trl"],
 }
 
 
@@ -78,11 +83,17 @@ def prepare(args, folder: Path) -> None:
     transformers.set_seed(0)
     kind = transformers.LlamaForSequenceClassification if args.method == "reward" else transformers.LlamaForCausalLM
     kind(config).save_pretrained(folder / "model")
+    if args.method == "ppo":
+        config.num_labels = 1
+        transformers.LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
+        tokenizer.save_pretrained(folder / "reward")
     tokenizer.save_pretrained(folder / "model")
     rows = list(common.read_rows("--data", args.data, "train")) if args.data else tldr_like(2 * args.pairs)
     pairs = [reward.Pair(*p) for p in (reward.parse_pair(row, "") for row in rows) if not isinstance(p, str)]
     random.Random(0).shuffle(pairs)
     pairs = reward.tokenize(pairs[: 2 * args.pairs], tokenizer, args.max_length, Counter())
+    if args.method == "ppo":  # a prompt with two pairs is one prompt
+        pairs = [p for p in {p.prompt: p for p in pairs}.values() if len(tokenizer(p.prompt).input_ids) <= PROMPT]
     pairs = pairs[: args.pairs // args.batch * args.batch]
     with open(folder / "rows.jsonl", "w") as file:
         for p in pairs:
@@ -96,6 +107,141 @@ def prepare(args, folder: Path) -> None:
         f"{len(pairs)} rows, {tokens} useful tokens, {statistics.mean(p.prefix for p in pairs):.0f} in the prefix, "
         f"{statistics.mean(max(p.branch_lengths) for p in pairs):.0f} in the longer response"
     )
+
+
+def ours_ppo(args, folder: Path) -> float:
+    import common
+    import ppo
+
+    out = tempfile.mkdtemp(dir=folder)
+    argv = ["--policy_model", f"{folder}/model", "--reward_model", f"{folder}/reward", "--output_dir", out]
+    argv += ["--dataset", f"{folder}/rows.jsonl", "--eval_dataset", f"{folder}/rows.jsonl", "--generate", "0"]
+    argv += ["--max_prompt_length", str(PROMPT), "--max_new_tokens", str(ANSWER), "--epochs", "1", "--dtype", "bf16"]
+    argv += ["--global_batch_size", str(args.batch), "--micro_batch_size", str(args.batch), "--log_every", "1"]
+    ppo.main(common.parse_args(ppo.Args, ppo.preset, argv))
+    lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
+    return statistics.harmonic_mean(line["prompts_per_s"] for line in lines[1:])  # without the first step
+
+
+def padded_ppo(args, folder: Path, facts: dict) -> float:
+    import torch
+    import torch.nn.functional as F
+    import transformers
+
+    import common
+    import ppo
+
+    tokenizer = common.load_tokenizer(str(folder / "model"), False)
+    tokenizer.padding_side = "left"
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16) for _ in range(2)
+    )
+    critic, scorer = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    optimizer = torch.optim.AdamW([*policy.parameters(), *critic.parameters()], lr=1e-5, fused=True)
+
+    def hidden(model, ids, mask):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return model.base_model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+
+    def logps(model, ids, mask):
+        logits = model.lm_head(hidden(model, ids, mask)[:, PROMPT - 1 : -1].flatten(0, 1)).float()
+        return -F.cross_entropy(logits, ids[:, PROMPT:].flatten(), reduction="none").view(len(ids), -1)
+
+    def values(model, ids, mask):
+        return model.score(hidden(model, ids, mask)[:, PROMPT - 1 : -1]).squeeze(-1).float()
+
+    prompts, since, done = [json.loads(line)["prompt"] for line in open(folder / "rows.jsonl")], None, 0
+    for start in range(0, len(prompts), args.batch):
+        batch = tokenizer(
+            prompts[start : start + args.batch], padding="max_length", max_length=PROMPT, return_tensors="pt"
+        )
+        with torch.no_grad():
+            ids = policy.generate(
+                batch.input_ids, attention_mask=batch.attention_mask, do_sample=True, top_k=0,
+                max_new_tokens=ANSWER, min_new_tokens=ANSWER,
+            )  # fmt: skip
+            mask = torch.cat([batch.attention_mask, torch.ones_like(ids[:, PROMPT:])], 1)
+            old, base, old_values = logps(policy, ids, mask), logps(reference, ids, mask), values(critic, ids, mask)
+            scores = scorer.score(hidden(scorer, ids, mask)[:, -1]).squeeze(-1).float()
+            all_true = torch.ones_like(old, dtype=torch.bool)
+            rewards = ppo.token_rewards(old, base, scores, all_true, 0.1)
+            advantages, returns = ppo.advantages_and_returns(rewards, old_values, all_true, 1.0, 0.95)
+            advantages = (advantages - advantages.mean()) / advantages.std()
+        policy_loss = ppo.policy_losses(logps(policy, ids, mask), old, advantages, 0.2)[0].mean()
+        value_loss = ppo.value_losses(values(critic, ids, mask), old_values, returns, 0.2)[0].mean()
+        (policy_loss + value_loss).backward()
+        for model in (policy, critic):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if since is None:
+            since = time.perf_counter()
+        else:
+            done += args.batch
+    return done / (time.perf_counter() - since)
+
+
+def trl_ppo(args, folder: Path, facts: dict) -> float:
+    import datasets
+    import torch
+    import transformers
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, arguments, state, control, **kwargs):
+            self.last = time.perf_counter()
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == 1:
+                self.first = self.last
+
+    import common
+
+    tokenizer, clock = common.load_tokenizer(str(folder / "model"), False), Clock()
+    tokenizer.padding_side = "left"
+    rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
+    rows = rows.map(lambda row: {"input_ids": tokenizer(row["prompt"]).input_ids}, remove_columns=rows.column_names)
+    policy, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16) for _ in range(2)
+    )
+    critic, scorer = (
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    config = PPOConfig(
+        output_dir=tempfile.mkdtemp(dir=folder),
+        per_device_train_batch_size=args.batch,
+        gradient_accumulation_steps=1,
+        local_rollout_forward_batch_size=args.batch,
+        num_ppo_epochs=1,
+        num_mini_batches=1,
+        response_length=ANSWER,
+        total_episodes=facts["rows"],
+        num_sample_generations=0,
+        temperature=1.0,
+        use_cpu=True,
+        bf16=True,
+        gradient_checkpointing=False,
+        learning_rate=1e-5,
+        save_strategy="no",
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+    )
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=scorer,
+        value_model=critic,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(args.batch)),
+        callbacks=[clock],
+    )
+    trainer.train()
+    return args.batch * (clock.steps - 1) / (clock.last - clock.first)
 
 
 def ours(args, folder: Path, *flags: str) -> float:
@@ -234,7 +380,10 @@ def main() -> None:
             "ours_fixed": ["--constraint", "fixed", "--fixed_bound", "4.5"],
             "ours_live": ["--live_reference"],
         }
-        if args.worker.startswith("ours"):
+        if args.method == "ppo":
+            workers = {"ours": lambda *a: ours_ppo(*a[:2]), "padded": padded_ppo, "trl": trl_ppo}
+            speed = workers[args.worker](args, folder, facts)
+        elif args.worker.startswith("ours"):
             speed = ours(args, folder, *flags.get(args.worker, []))
         else:
             speed = {"padded": padded, "trl": trl, "trl_skip": trl}[args.worker](args, folder, facts)
@@ -242,6 +391,7 @@ def main() -> None:
         return
 
     names = args.only.split(",") if args.only else CONTESTANTS[args.method]
+    unit = "prompts/s" if args.method == "ppo" else "tokens/s"
     names = [n for n in names if not n.startswith("trl") or importlib.util.find_spec("trl")]
     # The same for all: keep freed memory in the process.
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
@@ -257,11 +407,11 @@ def main() -> None:
                     sys.exit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
                 speeds[name].append(float(speed[0].split()[1]))
                 memory[name].append(float(speed[0].split()[2]))
-                print(f"round {round_number + 1} {name:11} {speeds[name][-1]:8.0f} tokens/s", flush=True)
+                print(f"round {round_number + 1} {name:11} {speeds[name][-1]:8.4g} {unit}", flush=True)
     for name in names:
         ratios = [ours / other for ours, other in zip(speeds[names[0]], speeds[name])]
         print(
-            f"{name:11} median {statistics.median(speeds[name]):8.0f} tokens/s; {names[0]} is "
+            f"{name:11} median {statistics.median(speeds[name]):8.4g} {unit}; {names[0]} is "
             f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f}); "
             f"peak memory {max(memory[name]):.1f} GiB"
         )
