@@ -419,20 +419,22 @@ def load_reward_model(path: str, args: Args, tokenizer, config: dict):
 
 
 class Sampling(transformers.LogitsProcessor):
-    """Divides by the temperature, and keeps log π of each token that was drawn."""
+    """Draws the next tokens, keeps their log π, and leaves greedy decoding no other choice.
+
+    torch.multinomial, which `generate` would draw with, makes a random number for each token of the vocabulary; here
+    one for each row is looked up in the cumulated probabilities.
+    """
 
     def __init__(self, temperature: float):
-        self.temperature, self.last, self.logps = temperature, None, []
+        self.temperature, self.logps = temperature, []
 
     def __call__(self, input_ids, scores):
-        self.keep(input_ids)
-        scores = scores / self.temperature  # P V
-        self.last = scores.log_softmax(-1)
-        return scores
-
-    def keep(self, input_ids) -> None:
-        if self.last is not None:
-            self.logps.append(self.last.gather(1, input_ids[:, -1:]))  # P 1
+        logps = (scores.float() / self.temperature).log_softmax(-1)  # R V
+        cumulated = logps.double().exp_().cumsum(-1)  # R V
+        point = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]  # R 1
+        drawn = torch.searchsorted(cumulated, point, right=True).clamp(max=scores.shape[1] - 1)  # R 1
+        self.logps.append(logps.gather(1, drawn))
+        return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
 
 
 @torch.no_grad()
@@ -456,12 +458,10 @@ def sample(engine, model, tokenizer, prompts: list[np.ndarray], args: Args, proc
                 attention_mask=torch.tensor(is_text, device=process.device).long(),
                 logits_processor=transformers.LogitsProcessorList([sampling]),
                 generation_config=transformers.GenerationConfig(
-                    do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                    max_new_tokens=args.max_new_tokens,
+                    do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=args.max_new_tokens,
                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                 ),
             )  # R T + answer
-            sampling.keep(output)
             drawn = torch.cat(sampling.logps, 1)  # R answer
             for i, (row, answer) in enumerate(zip(rows, output[:, width:].cpu().numpy())):
                 eos = np.flatnonzero(answer == tokenizer.eos_token_id)
@@ -598,7 +598,7 @@ def main(args: Args) -> None:
     if not args.policy_model or not args.reward_model:
         raise common.InputError(
             "--policy_model and --reward_model are needed: `deepspeed sft.py --output_dir runs/sft` makes "
-            "runs/sft/model, `deepspeed reward.py --model runs/sft/model --output_dir runs/reward` makes runs/reward/model"
+            "runs/sft/model, `deepspeed reward.py --model runs/sft/model --output_dir runs/reward` runs/reward/model"
         )
     process = common.start(args.seed)
     if args.global_batch_size % (args.minibatches * process.world_size):
@@ -676,7 +676,10 @@ def main(args: Args) -> None:
             clock.append(time.perf_counter())
 
             # 2 score: the four models' word on the responses
-            if args.dtype != "fp32":  # decoding and training round differently: ρ would not begin at 1
+            # Decoding and training round differently in 16 bits: ρ would not begin at 1. With a single optimizer step
+            # π_old is that step's own π, and ρ is 1.
+            single = args.ppo_epochs * args.minibatches == 1
+            if args.dtype != "fp32" and not single:
                 rollout.logps = per_token(policy, rollout, args, tokenizer, process)  # P L
             rollout.ref_logps = per_token(reference, rollout, args, tokenizer, process)  # P L
             rollout.values = per_token(critic, rollout, args, tokenizer, process)  # P L
@@ -708,7 +711,8 @@ def main(args: Args) -> None:
                     for i, (part, inputs) in enumerate(micro_batches(rollout, rows, args, tokenizer, process)):
                         mask = is_response[part]
                         logps, values = policy(**inputs), critic(**inputs)  # N, N
-                        old_logps, old_values = rollout.logps[part][mask], rollout.values[part][mask]  # N, N
+                        old_logps = logps.detach() if single else rollout.logps[part][mask]  # N
+                        old_values = rollout.values[part][mask]  # N
                         policy_loss, ratio, policy_clipped = policy_losses(
                             logps, old_logps, advantages[part][mask], args.cliprange
                         )

@@ -117,7 +117,7 @@ def ours_ppo(args, folder: Path) -> float:
     argv = ["--policy_model", f"{folder}/model", "--reward_model", f"{folder}/reward", "--output_dir", out]
     argv += ["--dataset", f"{folder}/rows.jsonl", "--eval_dataset", f"{folder}/rows.jsonl", "--generate", "0"]
     argv += ["--max_prompt_length", str(PROMPT), "--max_new_tokens", str(ANSWER), "--epochs", "1", "--dtype", "bf16"]
-    argv += ["--global_batch_size", str(args.batch), "--micro_batch_size", str(args.batch), "--log_every", "1"]
+    argv += ["--global_batch_size", str(args.batch), "--micro_batch_size", str(args.batch // 4), "--log_every", "1"]
     ppo.main(common.parse_args(ppo.Args, ppo.preset, argv))
     lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
     return statistics.harmonic_mean(line["prompts_per_s"] for line in lines[1:])  # without the first step
