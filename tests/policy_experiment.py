@@ -6,7 +6,7 @@
 Finished runs are kept and reused. Each held-out prompt is answered ten times by sampling, and the answers are scored by
 the gold score that the preferences were drawn from. A seed changes the order of the rows in all steps and what PPO
 samples; each run starts from its seed's SFT, and PPO is rewarded by its seed's reward model under the constraint.
-During PPO the held-out prompts are answered once every ten steps, for the figure.
+During PPO the held-out prompts are answered once every 16 steps, for the figure.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def run_ppo(folder: Path, start: Path, constraint: str, seed: int) -> dict[str, 
         return answers[-1]
 
     ppo.evaluate = spy
-    flags = ["--policy_model", str(start), "--reward_model", str(made / "model"), "--eval_every", "10"]
+    flags = ["--policy_model", str(start), "--reward_model", str(made / "model"), "--eval_every", "16"]
     model = run(ppo, out, *flags, "--seed", str(seed), "--log_every", "1")
     ppo.evaluate = evaluate
     if answers:  # gold score of the answers at each evaluation
