@@ -175,7 +175,7 @@ def on_rank_0(process: Process, function):
         except InputError as error:
             box[1] = str(error)
         except OSError as error:  # no room, no permission
-            box[1] = f"{error.filename}: {error.strerror}"
+            box[1] = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     dist.broadcast_object_list(box, src=0, device=process.device)
     if box[1] is not None:
         raise InputError(box[1])
@@ -394,7 +394,7 @@ def load_tokenizer(path: str, trust_remote_code: bool):
     except Exception as error:  # OSError, ValueError, KeyError and the Hub's own, by what is missing
         raise model_error("tokenizer", path, error) from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {path}: its tokenizer has no EOS token, which ends every response")
+        raise InputError(f"{path}: its tokenizer has no EOS token, which ends every response")
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     if tokenizer.pad_token is None or tokenizer.pad_token in taken:
         special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
@@ -404,7 +404,7 @@ def load_tokenizer(path: str, trust_remote_code: bool):
         candidates = named_pad + unknown + free
         if not candidates:
             raise InputError(
-                f"--model {path}: its tokenizer has no padding token that differs from EOS, and no unused special "
+                f"{path}: its tokenizer has no padding token that differs from EOS, and no unused special "
                 "token to lend: set `pad_token` in its tokenizer_config.json to a token that texts never contain"
             )
         tokenizer.pad_token = candidates[0]
@@ -463,7 +463,7 @@ def model_error(what: str, path: str, error: Exception) -> InputError:
 def engine_config(args, accumulation: int) -> dict:
     """The DeepSpeed configuration of one engine."""
     if args.offload and args.zero_stage == 0:
-        raise InputError("--offload moves ZeRO's shards to the CPU: it needs --zero_stage 1, 2 or 3")
+        raise InputError("--offload moves ZeRO's shards to the CPU: it needs ZeRO stage 1, 2 or 3")
     zero = {"stage": args.zero_stage}
     if args.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -507,7 +507,7 @@ def optimizer_step(engine, args, step: int, losses: list[torch.Tensor]) -> float
     Stops on all ranks, with the weights as they were, where a loss or a gradient is not finite: DeepSpeed would skip
     the step in silence, or in fp32 without ZeRO write NaN into the weights.
     """
-    remedy = f"lower --learning_rate ({args.learning_rate:g}), look at the data, or use --dtype bf16 or fp32"
+    remedy = f"lower the learning rate ({args.learning_rate:g}), look at the data, or use --dtype bf16 or fp32"
     finite = torch.stack(losses).isfinite().all().float()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:
@@ -541,6 +541,7 @@ def unsharded(engine):
     sharding = getattr(optimizer, "parameter_offload", optimizer)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         sharding._remove_module_hooks()  # they would shard each layer again behind its forward pass
+        sharding.forward_hooks.clear(), sharding.backward_hooks.clear()
         yield
     sharding.setup_zero_stage3_hooks()
 

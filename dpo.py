@@ -94,7 +94,7 @@ class Args:
     random_high: float = 5.0
     """Upper end of the bounds drawn with --constraint random; --task alpaca has none and needs it given."""
     encoder: str = ""
-    """Folder or Hub id of the text encoder of --constraint cos_sim; empty: the starting model's hidden states."""
+    """Folder or Hub id of the text encoder of --constraint cos_sim; empty: the reference's hidden states."""
     encoder_pooling: Literal["cls", "mean"] = "mean"
     """A text's embedding: the encoder's last hidden state at the first token, or the mean over all tokens."""
 
@@ -483,6 +483,10 @@ def load_policy(path: str, args: Args, tokenizer, config: dict):
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(text_config, name, None) not in (None, 1):
             raise common.InputError(f"{path}: its {name} changes the logits after the head; not supported")
+    # Else `generate` would take the model's own suppressed tokens, top-p and the like over.
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return model
 
 
@@ -668,11 +672,12 @@ def sample(engine, model, tokenizer, prompts: list[np.ndarray], args: Args, proc
                 attention_mask=torch.tensor(is_text, device=process.device).long(),
                 generation_config=transformers.GenerationConfig(
                     do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                    max_new_tokens=args.max_length - width,
+                    max_new_tokens=args.max_length - min(map(len, batch)),
                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                 ),
             )  # R T + answer
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            rows = [row[width:][: args.max_length - len(prompt)] for row, prompt in zip(output, batch)]
+            texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
             answers |= {start + i: text for i, text in enumerate(texts)}
     engine.train()
     parts = [None] * process.world_size
@@ -714,6 +719,7 @@ def main(args: Args) -> None:
         process.print("warning: no --model: this starts from random weights; sft.py makes a model to start from")
         args.model = common.on_rank_0(process, common.toy_model)
     args.ref_model = args.ref_model or args.model
+    args.encoder = args.encoder or args.ref_model  # not the policy: in evaluation alone that is the trained one
 
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     if common.load_tokenizer(args.ref_model, args.trust_remote_code).get_vocab() != tokenizer.get_vocab():
@@ -813,8 +819,8 @@ def main(args: Args) -> None:
                 since += time.perf_counter() - paused
 
     if step:
-        lines = evaluate_now(step)
         common.save_model(engine, model, tokenizer, output_dir / "model", process)
+        lines = evaluate_now(step)
     metrics.close()
     if process.rank == 0:
         plot_margins(lines, args, output_dir / "margins.png")

@@ -277,10 +277,13 @@ def read_prompts(flag: str, name: str, split: str, tokenizer, args: Args, proces
     prompts = [Prompt(text) for text in texts if text is not None]
     # BOS only where the tokenizer itself begins a text with it.
     bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
-    ids = tokenizer([p.text for p in prompts], add_special_tokens=False).input_ids if prompts else []
+    for start in range(0, len(prompts), 1000):  # in chunks: a tokenizer's lists take much more room than arrays
+        chunk = prompts[start : start + 1000]
+        ids = tokenizer([p.text for p in chunk], add_special_tokens=False).input_ids
+        for prompt, own in zip(chunk, ids, strict=True):
+            prompt.ids = np.array(own if own[:1] == bos else bos + own, np.int32)
     kept = []
-    for prompt, own in zip(prompts, ids, strict=True):
-        prompt.ids = np.array(own if own[:1] == bos else bos + own, np.int32)
+    for prompt in prompts:
         if not len(prompt.ids):
             dropped["prompt without a token"] += 1
         elif len(prompt.ids) > args.max_prompt_length:
@@ -401,6 +404,10 @@ def load_policy(path: str, args: Args, tokenizer, config: dict):
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(text_config, name, None) not in (None, 1):
             raise common.InputError(f"{path}: its {name} changes the logits after the head; not supported")
+    # Else `generate` would take the model's own suppressed tokens, top-p and the like over.
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return model
 
 
@@ -517,7 +524,7 @@ def score(module, rollout: Rollout, args: Args, tokenizer, process: common.Proce
 
 def evaluate(policy, model, reference, scorer, judge, prompts, args, tokenizer, process) -> list[dict]:
     """For each held-out prompt an answer and what it is worth, on every rank."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + process.rank)
     own = [i % len(prompts) for i in range(process.rank, len(prompts) + process.world_size - 1, process.world_size)]
     own = own[: math.ceil(len(prompts) / process.world_size)]  # each rank as many: some prompts may come twice
     rollout = sample(policy, model, tokenizer, [prompts[i].ids for i in own], args, process)
@@ -645,7 +652,7 @@ def main(args: Args) -> None:
 
     policy, model = load("policy", args.policy_model, updates)
     reference, _ = load("reference", args.policy_model, 0)
-    critic, _ = load("critic", args.reward_model, updates)
+    critic = load("critic", args.reward_model, updates)[0] if updates else None
     scorer, _ = load("scorer", args.reward_model, 0)
     judge = load("scorer", args.judge_model, 0)[0] if args.judge_model else None
     output_dir = common.open_output(args, process, "ppo")
@@ -710,16 +717,17 @@ def main(args: Args) -> None:
                     losses = []
                     for i, (part, inputs) in enumerate(micro_batches(rollout, rows, args, tokenizer, process)):
                         mask = is_response[part]
-                        logps, values = policy(**inputs), critic(**inputs)  # N, N
+                        logps = policy(**inputs)  # N
                         old_logps = logps.detach() if single else rollout.logps[part][mask]  # N
                         old_values = rollout.values[part][mask]  # N
                         policy_loss, ratio, policy_clipped = policy_losses(
                             logps, old_logps, advantages[part][mask], args.cliprange
                         )
+                        policy.backward(policy_loss.sum() * weight)  # frees its activations before the critic's
+                        values = critic(**inputs)  # N
                         value_loss, value_clipped = value_losses(
                             values, old_values, returns[part][mask], args.cliprange_value
                         )
-                        policy.backward(policy_loss.sum() * weight)
                         critic.backward(value_loss.sum() * weight)
                         losses.append(torch.stack([policy_loss.detach().sum(), value_loss.detach().sum()]))
                         tokens = torch.ones_like(ratio)
@@ -781,8 +789,8 @@ def main(args: Args) -> None:
             break
 
     if step:
-        lines = evaluate_now(step, first_lines)
         common.save_model(policy, model, tokenizer, output_dir / "model", process)
+        lines = evaluate_now(step, first_lines)
     metrics.close()
     if process.rank == 0:
         plot_steps(output_dir / "metrics.jsonl", output_dir / "ppo.png")

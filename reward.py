@@ -664,8 +664,8 @@ def main(args: Args) -> None:
                 since += time.perf_counter() - paused
 
     if step:
-        lines = evaluate_now(step)
         common.save_model(engine, model, tokenizer, output_dir / "model", process)
+        lines = evaluate_now(step)
     metrics.close()
     if process.rank == 0:
         plot_margins(lines, args, output_dir / "margins.png")

@@ -305,6 +305,10 @@ def load_policy(path: str, args: Args, tokenizer, config: dict):
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(text_config, name, None) not in (None, 1):
             raise common.InputError(f"{path}: its {name} changes the logits after the head; not supported")
+    # Else `generate` would take the model's own suppressed tokens, top-p and the like over.
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return model
 
 
@@ -353,11 +357,12 @@ def sample(engine, model, tokenizer, prompts: list[np.ndarray], args: Args, proc
                 attention_mask=torch.tensor(is_text, device=process.device).long(),
                 generation_config=transformers.GenerationConfig(
                     do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                    max_new_tokens=args.max_length - width,
+                    max_new_tokens=args.max_length - min(map(len, batch)),
                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                 ),
             )  # R T + answer
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            rows = [row[width:][: args.max_length - len(prompt)] for row, prompt in zip(output, batch)]
+            texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
             answers |= {start + i: text for i, text in enumerate(texts)}
     engine.train()
     parts = [None] * process.world_size
@@ -458,8 +463,8 @@ def main(args: Args) -> None:
                 since += time.perf_counter() - paused
 
     if step:
-        metrics.write(step, "eval", evaluate(engine, eval_rows, args, collator, process))
         common.save_model(engine, model, tokenizer, output_dir / "model", process)
+        metrics.write(step, "eval", evaluate(engine, eval_rows, args, collator, process))
     metrics.close()
     write_generations(engine, model, tokenizer, eval_rows, args, process)  # last: the run is finished
     process.print(f"finished: look at {output_dir}/generations.json")

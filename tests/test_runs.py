@@ -439,7 +439,7 @@ BAD = {
         r"row 1: prompt must be text, responses a list",
     ),
     "a language model is evaluated": (lambda f: ["--epochs", "0"], r"is no reward model, but --epochs 0"),
-    "offload without ZeRO": (lambda f: ["--offload"], r"needs --zero_stage 1, 2 or 3"),
+    "offload without ZeRO": (lambda f: ["--offload"], r"needs ZeRO stage 1, 2 or 3"),
     "ranked columns": (lambda f: ["--ranked_dataset", rows_file(f, GOOD)], r"but must be prompt/responses/scores"),
 }
 
