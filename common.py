@@ -54,7 +54,7 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
     for flag in ("--task", "--constraint", "--dataset", "--eval_dataset"):
         first.add_argument(flag)
     given, _ = first.parse_known_args(argv)
-    values = preset(given.task or "toy", given.constraint or "none")
+    values = dict(preset(given.task or "toy", given.constraint or "none"))
     if given.dataset is not None:
         values |= {"eval_dataset": "", "ranked_dataset": ""}
     if given.eval_dataset is not None:
@@ -120,7 +120,7 @@ def run(main, args) -> None:
     except InputError as error:
         rank = int(os.environ.get("RANK", 0))
         if rank:  # rank 0 says what all ranks found; the launcher ends this one meanwhile, unless it stands alone
-            time.sleep(3)
+            time.sleep(10)
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)  # clears a progress bar before it
         sys.exit(1)
     finally:

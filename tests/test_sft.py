@@ -341,6 +341,11 @@ def test_the_papers_runs(task):
         assert ranks * accumulation * resolved.micro_batch_size == args["global_batch_size"]
 
 
+def test_one_command_line_does_not_reach_the_next():
+    common.parse_args(sft.Args, sft.preset, ["--dataset", "own.jsonl"])
+    assert common.parse_args(sft.Args, sft.preset, []).eval_dataset.endswith("sft_eval.jsonl")
+
+
 def test_every_flag_is_read():
     source = open(sft.__file__).read() + open(common.__file__).read()
     unread = [f.name for f in dataclasses.fields(sft.Args) if not re.search(rf"args\.{f.name}\b", source)]
