@@ -604,8 +604,9 @@ def main(args: Args) -> None:
     common.check_flags(args)
     if not args.policy_model or not args.reward_model:
         raise common.InputError(
-            "--policy_model and --reward_model are needed: `deepspeed sft.py --output_dir runs/sft` makes "
-            "runs/sft/model, `deepspeed reward.py --model runs/sft/model --output_dir runs/reward` runs/reward/model"
+            "--policy_model and --reward_model are needed. `deepspeed sft.py --output_dir runs/sft` makes "
+            "runs/sft/model; `deepspeed reward.py --model runs/sft/model --output_dir runs/reward` makes "
+            "runs/reward/model"
         )
     process = common.start(args.seed)
     if args.global_batch_size % (args.minibatches * process.world_size):

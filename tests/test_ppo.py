@@ -267,7 +267,7 @@ def test_ranks_and_zero_stages(models, tmp_path, ranks, policy_stage, critic_sta
 # ---------------------------------------------------------------- bad input and the paper's runs
 
 BAD = {
-    "no models": (lambda m, f: [], r"are needed: `deepspeed sft.py .*runs/sft/model, `deepspeed reward.py"),
+    "no models": (lambda m, f: [], r"are needed. `deepspeed sft.py .*runs/sft/model; `deepspeed reward.py"),
     "an SFT model as reward model": (lambda m, f: [*m[:2], "--reward_model", m[1]], r"is no reward model: pass what"),
     "a reward model as policy": (lambda m, f: ["--policy_model", m[3], *m[2:]], r"is a reward model, but a language"),
     "an answer of no token": (
