@@ -25,6 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import datasets
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -295,6 +296,14 @@ def write_file(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a whole .npy file or none of it, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{time.time_ns()}.part.npy")
+    np.save(part, array)
+    part.replace(path)
 
 
 def json_line(values: dict) -> str:

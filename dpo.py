@@ -399,14 +399,7 @@ def similarities(pairs: list[Pair], args: Args, process: common.Process) -> torc
     similarity = torch.empty(len(pairs))  # n
     for rank, part in enumerate(parts):
         similarity[rank :: process.world_size] = part
-
-    def save() -> None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        part = cached.with_name(f"{time.time_ns()}.part.npy")
-        np.save(part, similarity.numpy())
-        part.replace(cached)
-
-    common.on_rank_0(process, save)
+    common.on_rank_0(process, lambda: common.save_array(cached, similarity.numpy()))
     return similarity
 
 
@@ -552,14 +545,7 @@ def reference_logps(reference, pairs: list[Pair], args: Args, collator, process:
     if found is not None:
         return torch.from_numpy(found)
     logps = pair_logps(reference, pairs, args, collator, process)  # 2 n
-
-    def save() -> None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        part = cached.with_name(f"{time.time_ns()}.part.npy")
-        np.save(part, logps.numpy())
-        part.replace(cached)
-
-    common.on_rank_0(process, save)
+    common.on_rank_0(process, lambda: common.save_array(cached, logps.numpy()))
     return logps
 
 

@@ -590,7 +590,8 @@ def plot_steps(path: Path, output: Path) -> None:
     for axis, (name, title) in zip(axes, titles.items()):
         for split, style in (("train", "-"), ("eval", "o")):
             points = [(line["step"], line[name]) for line in lines if line["split"] == split]
-            axis.plot(*zip(*points), style, label=split) if points else None
+            if points:
+                axis.plot(*zip(*points), style, label=split)
         axis.set(xlabel="step", title=title)
     axes[0].legend()
     figure.savefig(output, dpi=120)

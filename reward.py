@@ -380,14 +380,7 @@ def similarities(pairs: list[Pair], args: Args, process: common.Process) -> torc
     similarity = torch.empty(len(pairs))  # n
     for rank, part in enumerate(parts):
         similarity[rank :: process.world_size] = part
-
-    def save() -> None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        part = cached.with_name(f"{time.time_ns()}.part.npy")
-        np.save(part, similarity.numpy())
-        part.replace(cached)
-
-    common.on_rank_0(process, save)
+    common.on_rank_0(process, lambda: common.save_array(cached, similarity.numpy()))
     return similarity
 
 
