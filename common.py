@@ -33,8 +33,8 @@ import tyro
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
-LOGITS_AT_ONCE = 1 << 24  # numbers in one piece of a vocabulary head's output: 64 MiB in fp32
-LOGITS_HELD = 4  # pieces that wait for the backward pass
+LOGITS_AT_ONCE = 1 << 24  # numbers in one piece of a vocabulary head's output: 32 MiB in bf16
+LOGITS_HELD = 8  # pieces that wait for the backward pass
 
 
 class InputError(Exception):

@@ -347,7 +347,8 @@ class Policy(torch.nn.Module):
         hidden = hidden[sources]  # N H
         chunks = torch.tensor(-(-len(sources) // self.at_once), device=hidden.device)
         dist.all_reduce(chunks, dist.ReduceOp.MAX)  # at ZeRO-3 each rank must call the head equally often
-        pieces = list(zip(hidden.tensor_split(chunks.item()), targets.tensor_split(chunks.item())))
+        cuts = [i * self.at_once for i in range(1, chunks.item())]  # one size: an allocator can use its blocks again
+        pieces = list(zip(hidden.tensor_split(cuts), targets.tensor_split(cuts)))
         # The backward pass makes the logits again, but for the last pieces: so many are held, however long the rows.
         early, late = pieces[: -common.LOGITS_HELD], pieces[-common.LOGITS_HELD :]
         logps = [checkpoint(self.logps, *piece, use_reentrant=False) for piece in early]

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import common
@@ -267,6 +268,30 @@ def collate(rows: list[Row], pad_token_id: int, train_on_prompt: bool, device: t
 # ---------------------------------------------------------------- model and metrics
 
 
+class TargetLogps(torch.autograd.Function):
+    """log π of n targets, fp32, from their logits (n, V), which this turns into the softmax, in place and in their own
+    precision: all that the backward pass needs, and half of what `cross_entropy` would keep in bf16's stead.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        logps = torch.empty(len(targets), device=logits.device)
+        for rows, target, logp in zip(logits.split(32), targets.split(32), logps.split(32)):  # few enough for a cache
+            logp.copy_(-F.cross_entropy(rows.float(), target, reduction="none"))
+            if ctx.needs_input_grad[0]:
+                rows.copy_(rows.softmax(-1))
+        ctx.save_for_backward(logits, targets, logps)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        softmax, targets, logps = ctx.saved_tensors
+        own = -torch.expm1(logps) * grad  # d log π / d logits = 1 - π at the target, and -π elsewhere
+        grads = softmax.mul_(-grad.to(softmax.dtype)[:, None])  # n V
+        return grads.scatter_(1, targets[:, None], own.to(grads.dtype)[:, None]), None
+
+
 class Policy(torch.nn.Module):
     """The language model, but its head sees only the positions that predict a target, some at a time."""
 
@@ -281,15 +306,15 @@ class Policy(torch.nn.Module):
         hidden = outputs.last_hidden_state.flatten(0, 1)[sources]  # R*T H -> N H
         chunks = torch.tensor(-(-len(sources) // self.at_once), device=hidden.device)
         dist.all_reduce(chunks, dist.ReduceOp.MAX)  # at ZeRO-3 each rank must call the head equally often
-        pieces = list(zip(hidden.tensor_split(chunks.item()), targets.tensor_split(chunks.item())))
+        cuts = [i * self.at_once for i in range(1, chunks.item())]  # one size: an allocator can use its blocks again
+        pieces = list(zip(hidden.tensor_split(cuts), targets.tensor_split(cuts)))
         # The backward pass makes the logits again, but for the last pieces: so many are held, however long the rows.
         early, late = pieces[: -common.LOGITS_HELD], pieces[-common.LOGITS_HELD :]
         logps = [checkpoint(self.logps, *piece, use_reentrant=False) for piece in early]
         return torch.cat(logps + [self.logps(*piece) for piece in late])  # N
 
     def logps(self, hidden, targets) -> torch.Tensor:
-        logits = self.model.get_output_embeddings()(hidden).float()  # n V
-        return -F.cross_entropy(logits, targets, reduction="none")  # n
+        return TargetLogps.apply(self.model.get_output_embeddings()(hidden), targets)  # n
 
 
 def load_policy(path: str, args: Args, tokenizer, config: dict):
