@@ -269,14 +269,16 @@ def collate(rows: list[Row], pad_token_id: int, train_on_prompt: bool, device: t
 
 
 class TargetLogps(torch.autograd.Function):
-    """log π of n targets, fp32, from their logits (n, V), which this turns into the softmax, in place and in their own
-    precision: all that the backward pass needs, and half of what `cross_entropy` would keep in bf16's stead.
+    """log π of n targets, fp32, from their logits (n, V), whose place the softmax takes, in their own precision.
+
+    The backward pass needs nothing else: in bf16 half of what `cross_entropy` keeps, and no second buffer for gradients.
     """
 
     @staticmethod
     def forward(ctx, logits, targets):
-        logps = torch.empty(len(targets), device=logits.device)
-        for rows, target, logp in zip(logits.split(32), targets.split(32), logps.split(32)):  # few enough for a cache
+        logps = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        # Few rows at a time: their fp32 copies stay in a cache.
+        for rows, target, logp in zip(logits.split(32), targets.split(32), logps.split(32)):
             logp.copy_(-F.cross_entropy(rows.float(), target, reduction="none"))
             if ctx.needs_input_grad[0]:
                 rows.copy_(rows.softmax(-1))

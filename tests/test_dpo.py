@@ -63,7 +63,7 @@ def small(process, tmp_path_factory) -> str:
             "parse_pair check_text read_pairs load_pairs global_batches can_share_prefix similarities model_version",
         ),
         (reward, "pair_bounds read_ranked"),
-        (sft, "check_text global_batches load_policy sample"),
+        (sft, "check_text global_batches TargetLogps load_policy sample"),
     ],
 )
 def test_what_siblings_repeat_is_the_same(other, names):

@@ -121,6 +121,31 @@ def test_logps_are_those_of_the_whole_model(process, tokenizer, monkeypatch, fam
     assert torch.allclose(gradient, whole, atol=1e-4 * whole.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_target_logps(dtype, error):
+    """log π and d log π / d logits = onehot - π, in 64 bits from the same logits; 70 rows are more than two pieces of 32.
+
+    bf16 rounds π and the weight, each to 2^-9 of itself, and their product: together under 2^-7. In row 0 the target
+    has nearly all probability (1 - π = 3e-4, lost where π is rounded first), in row 1 nearly none (log π = -200).
+    """
+    torch.manual_seed(0)
+    logits, targets = torch.randn(70, 50).mul(3), torch.randint(50, (70,))
+    logits[0], logits[0, targets[0]] = 0, 8 + math.log(49)
+    logits[1], logits[1, targets[1]] = 0, -200 + math.log(49)
+    logits, weights = logits.to(dtype), torch.randn(70)
+    exact = logits.double().requires_grad_()
+    expected = exact.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    (expected * weights).sum().backward()
+    leaf = logits.clone().requires_grad_()
+    logps = sft.TargetLogps.apply(leaf * 1, targets)
+    assert logps.dtype == torch.float32 and torch.allclose(logps.double(), expected, rtol=1e-6, atol=1e-6)
+    (logps * weights).sum().backward()
+    assert leaf.grad.dtype == dtype and torch.allclose(leaf.grad.double(), exact.grad, rtol=error, atol=2e-6)
+    with torch.no_grad():  # nothing to keep: the logits stay as they are
+        kept = logits.clone()
+        assert torch.equal(sft.TargetLogps.apply(kept, targets), logps.detach()) and torch.equal(kept, logits)
+
+
 # ---------------------------------------------------------------- sampling
 
 
