@@ -229,6 +229,9 @@ def read_rows(flag: str, name: str, split: str) -> datasets.Dataset:
             if wanted:
                 if "split" not in rows.column_names:
                     raise InputError(f"{where}: the file has no column `split` to select {wanted!r} from")
+                found = set(rows["split"])
+                if wanted not in found:
+                    raise InputError(f"{where}: no row has split {wanted!r}; there are {sorted(map(str, found))}")
                 rows = rows.select([i for i, value in enumerate(rows["split"]) if value == wanted])
         elif loader is not None:
             raise InputError(f"{where}: there is no such file")
@@ -449,6 +452,14 @@ def load_model(auto_class, path: str, args, engine_config: dict, **config_values
             f"{path}: padding token {config_values['pad_token_id']} is outside the model's {rows} embeddings: set "
             "`pad_token` in its tokenizer_config.json to an unused token that the model has"
         )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    for table in model.modules():  # learned positions: beyond the table there are none (OPT's has two rows more)
+        is_table = isinstance(table, torch.nn.Embedding) and table is not model.get_input_embeddings()
+        if is_table and 0 <= table.num_embeddings - positions <= 2 and args.max_length > positions:
+            raise InputError(
+                f"{path} has {positions} learned positions, but a row may have {args.max_length} tokens: lower "
+                "--max_length (ppo.py: --max_prompt_length or --max_new_tokens)"
+            )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, info
@@ -460,6 +471,8 @@ def model_error(what: str, path: str, error: Exception) -> InputError:
         reason = "only pickled weights, which can run code when loaded: convert them to safetensors first"
     elif folder.is_dir() and not (folder / "config.json").exists() and (folder / "model").is_dir():
         reason = f"it is the folder of a run: pass {folder / 'model'}"
+    elif "scaled_dot_product_attention" in str(error):
+        reason = "transformers has no `sdpa` attention for this architecture, the one kind that is used here"
     elif "trust_remote_code" in str(error):
         reason = "it needs code of its own: read that code, then pass --trust_remote_code"
     else:
@@ -473,6 +486,11 @@ def engine_config(args, accumulation: int) -> dict:
     """The DeepSpeed configuration of one engine."""
     if args.offload and args.zero_stage == 0:
         raise InputError("--offload moves ZeRO's shards to the CPU: it needs ZeRO stage 1, 2 or 3")
+    device = deepspeed.accelerator.get_accelerator()
+    supported = {"fp32": True, "bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported()}
+    if not supported[args.dtype]:
+        others = " or ".join(dtype for dtype in supported if supported[dtype])
+        raise InputError(f"--dtype {args.dtype} is not supported on this device: use {others}")
     zero = {"stage": args.zero_stage}
     if args.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -440,7 +440,8 @@ def pair_bounds(pairs: list[Pair], args: Args, epoch: int) -> torch.Tensor | Non
 class TargetLogps(torch.autograd.Function):
     """log π of n targets, fp32, from their logits (n, V), whose place the softmax takes, in their own precision.
 
-    The backward pass needs nothing else: in bf16 half of what `cross_entropy` keeps, and no second buffer for gradients.
+    The backward pass needs nothing else: in bf16 half of what `cross_entropy` keeps, and no buffer for gradients.
+    In fp16 a π under 6e-8 becomes 0.
     """
 
     @staticmethod
@@ -499,10 +500,17 @@ def load_policy(path: str, args: Args, tokenizer, config: dict):
         raise common.InputError(f"{path} is a reward model, but a language model is needed: pass the SFT model")
     if info["missing_keys"]:
         raise common.InputError(f"{path}: no language model; missing {sorted(info['missing_keys'])}")
-    text_config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(text_config, name, None) not in (None, 1):
-            raise common.InputError(f"{path}: its {name} changes the logits after the head; not supported")
+    changes = [
+        name for name, part in model.named_children() if part not in (model.base_model, model.get_output_embeddings())
+    ]
+    for name in (
+        "final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap", "logit_scale",
+        "logits_scaling", "logits_mup_width_multiplier", "lm_head_multiplier", "output_multiplier",
+    ):
+        if getattr(model.config.get_text_config(), name, None) not in (None, 1):
+            changes.append(name)
+    if changes:
+        raise common.InputError(f"{path}: its {changes[0]} changes the logits before or after the head; not supported")
     # Else `generate` would take the model's own suppressed tokens, top-p and the like over.
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -732,6 +740,8 @@ def main(args: Args) -> None:
         process.print("warning: no --model: this starts from random weights; sft.py makes a model to start from")
         args.model = common.on_rank_0(process, common.toy_model)
     args.ref_model = args.ref_model or args.model
+    if not args.epochs and args.ref_model == args.model:
+        process.print("warning: the policy is its own reference, so every margin is 0: pass --ref_model")
     args.encoder = args.encoder or args.ref_model  # not the policy: in evaluation alone that is the trained one
 
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)

@@ -388,6 +388,7 @@ def engine_args(args: Args, which: str) -> argparse.Namespace:
     own = dict(
         zero_stage=getattr(args, f"{which}_zero_stage"), learning_rate=getattr(args, f"{which}_learning_rate"),
         global_batch_size=args.global_batch_size // args.minibatches,
+        max_length=args.max_prompt_length + args.max_new_tokens,
     )
     return argparse.Namespace(**vars(args) | own)
 
@@ -401,10 +402,17 @@ def load_policy(path: str, args: Args, tokenizer, config: dict):
         raise common.InputError(f"{path} is a reward model, but a language model is needed: pass the SFT model")
     if info["missing_keys"]:
         raise common.InputError(f"{path}: no language model; missing {sorted(info['missing_keys'])}")
-    text_config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(text_config, name, None) not in (None, 1):
-            raise common.InputError(f"{path}: its {name} changes the logits after the head; not supported")
+    changes = [
+        name for name, part in model.named_children() if part not in (model.base_model, model.get_output_embeddings())
+    ]
+    for name in (
+        "final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap", "logit_scale",
+        "logits_scaling", "logits_mup_width_multiplier", "lm_head_multiplier", "output_multiplier",
+    ):
+        if getattr(model.config.get_text_config(), name, None) not in (None, 1):
+            changes.append(name)
+    if changes:
+        raise common.InputError(f"{path}: its {changes[0]} changes the logits before or after the head; not supported")
     # Else `generate` would take the model's own suppressed tokens, top-p and the like over.
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

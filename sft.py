@@ -271,7 +271,8 @@ def collate(rows: list[Row], pad_token_id: int, train_on_prompt: bool, device: t
 class TargetLogps(torch.autograd.Function):
     """log π of n targets, fp32, from their logits (n, V), whose place the softmax takes, in their own precision.
 
-    The backward pass needs nothing else: in bf16 half of what `cross_entropy` keeps, and no second buffer for gradients.
+    The backward pass needs nothing else: in bf16 half of what `cross_entropy` keeps, and no buffer for gradients.
+    In fp16 a π under 6e-8 becomes 0.
     """
 
     @staticmethod
@@ -328,10 +329,17 @@ def load_policy(path: str, args: Args, tokenizer, config: dict):
         raise common.InputError(f"{path} is a reward model, but a language model is needed: pass the SFT model")
     if info["missing_keys"]:
         raise common.InputError(f"{path}: no language model; missing {sorted(info['missing_keys'])}")
-    text_config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(text_config, name, None) not in (None, 1):
-            raise common.InputError(f"{path}: its {name} changes the logits after the head; not supported")
+    changes = [
+        name for name, part in model.named_children() if part not in (model.base_model, model.get_output_embeddings())
+    ]
+    for name in (
+        "final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap", "softcap", "logit_scale",
+        "logits_scaling", "logits_mup_width_multiplier", "lm_head_multiplier", "output_multiplier",
+    ):
+        if getattr(model.config.get_text_config(), name, None) not in (None, 1):
+            changes.append(name)
+    if changes:
+        raise common.InputError(f"{path}: its {changes[0]} changes the logits before or after the head; not supported")
     # Else `generate` would take the model's own suppressed tokens, top-p and the like over.
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

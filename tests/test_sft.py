@@ -301,7 +301,23 @@ def reward_folder(folder) -> str:
     return str(folder / "reward")
 
 
+def short_model(folder) -> str:
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, vocab_size=512)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "short")
+    common.load_tokenizer(common.toy_model(), False).save_pretrained(folder / "short")
+    return str(folder / "short")
+
+
 BAD = {
+    "learned positions": (
+        lambda f: ["--model", short_model(f), "--max_length", "65"],
+        r"short has 64 learned positions, but a row may have 65 tokens: lower --max_length",
+    ),
+    "fp16 on a CPU": (lambda f: ["--dtype", "fp16"], r"--dtype fp16 is not supported on this device: use fp32 or bf16"),
+    "a split that no row has": (
+        lambda f: ["--dataset", rows_file(f, {"prompt": "p", "completion": "c", "split": "a"}) + ":b"],
+        r"no row has split 'b'; there are \['a'\]",
+    ),
     "completions empty throughout": (
         lambda f: ["--dataset", rows_file(f, *[{"prompt": "p", "completion": ""}] * 3)],
         r"rows.jsonl: no usable row is left \(3 empty response\)",
@@ -331,18 +347,31 @@ def test_bad_input(run, tmp_path, name):
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
 
 
-def test_logits_changed_after_the_head_are_refused(process, tokenizer, tmp_path):
-    config = transformers.CohereConfig(
-        vocab_size=512,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        logit_scale=0.5,
-    )
+SIZE = dict(
+    pad_token_id=0, vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+)
+
+
+@pytest.mark.parametrize(
+    "config, part",
+    [
+        (transformers.CohereConfig(**SIZE, logit_scale=0.5), "logit_scale"),
+        (transformers.RecurrentGemmaConfig(**SIZE), "logits_soft_cap"),
+        (transformers.ModernBertDecoderConfig(**SIZE), "lm_head"),  # a layer between the model and its `decoder`
+    ],
+)
+def test_logits_that_are_not_the_heads_are_refused(process, tokenizer, tmp_path, config, part):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     args = sft.Args(model=str(tmp_path))
-    with pytest.raises(common.InputError, match="its logit_scale changes the logits"):
+    with pytest.raises(common.InputError, match=f"its {part} changes the logits"):
+        sft.load_policy(str(tmp_path), args, tokenizer, common.engine_config(args, 1))
+
+
+def test_architectures_without_sdpa_are_refused(process, tokenizer, tmp_path):
+    config = transformers.BloomConfig(vocab_size=512, hidden_size=32, n_layer=1, n_head=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    args = sft.Args(model=str(tmp_path))
+    with pytest.raises(common.InputError, match="transformers has no `sdpa` attention for this architecture"):
         sft.load_policy(str(tmp_path), args, tokenizer, common.engine_config(args, 1))
 
 
