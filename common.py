@@ -118,6 +118,10 @@ def run(main, args) -> None:
     """Call main(args); an InputError becomes one line on stderr and exit status 1, on however many ranks."""
     try:
         main(args)
+        if not torch.cuda.is_available() and dist.get_world_size() > 1:
+            # Gloo's threads now and then abort a process of several that ends in the usual way, after all work is done.
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(0)
     except InputError as error:
         rank = int(os.environ.get("RANK", 0))
         if rank:  # rank 0 says what all ranks found; the launcher ends this one meanwhile, unless it stands alone
