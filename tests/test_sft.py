@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
@@ -313,7 +314,6 @@ BAD = {
         lambda f: ["--model", short_model(f), "--max_length", "65"],
         r"short has 64 learned positions, but a row may have 65 tokens: lower --max_length",
     ),
-    "fp16 on a CPU": (lambda f: ["--dtype", "fp16"], r"--dtype fp16 is not supported on this device: use fp32 or bf16"),
     "a split that no row has": (
         lambda f: ["--dataset", rows_file(f, {"prompt": "p", "completion": "c", "split": "a"}) + ":b"],
         r"no row has split 'b'; there are \['a'\]",
@@ -345,6 +345,15 @@ def test_bad_input(run, tmp_path, name):
         run(sft, "--output_dir", str(tmp_path / "out"), *argv)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
+
+
+def test_a_dtype_that_the_device_lacks_is_refused(monkeypatch):
+    """On whatever device the test runs: some CPUs have fp16."""
+    device = deepspeed.accelerator.get_accelerator()
+    monkeypatch.setattr(device, "is_fp16_supported", lambda: False)
+    monkeypatch.setattr(device, "is_bf16_supported", lambda: True)
+    with pytest.raises(common.InputError, match="--dtype fp16 is not supported on this device: use fp32 or bf16"):
+        common.engine_config(sft.Args(dtype="fp16"), 1)
 
 
 SIZE = dict(
