@@ -1,44 +1,74 @@
-"""What is the same for any loss: process, flags, rows, models, the DeepSpeed engine, metrics and files.
+"""What is the same for any loss: process, flags, rows, batches, models, the DeepSpeed engine, metrics and files.
 
-Nothing of a method lives here. A script calls, in this order: parse_args, run, check_flags, start, load_tokenizer,
-read_rows, load_model, make_engine, open_output, Metrics, optimizer_step, save_model. Errors that the user can mend
-are `InputError`s: one line on stderr.
+Nothing of a method lives here. A script calls, in this order: run, start, accumulation_steps, engine_config,
+load_tokenizer, load_data, load_language_model or load_reward_model, make_engine, check_model, open_output, Metrics,
+optimizer_step, save_model. Errors that the user can mend are `InputError`s: one line on stderr.
+
+Symbols in the shapes: R rows of a micro batch, T tokens of a row, N chosen positions, B pairs, V vocabulary, n data rows.
 """
 
-import argparse
+import os
+
+# Read when torch is loaded, so scripts import this file first. Idle threads that spin slow down whatever else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
 import contextlib
 import ctypes
 import dataclasses
 import datetime
+import errno
+import functools
+import glob
 import hashlib
 import json
 import math
-import os
+import re
 import shutil
-import socket
 import sys
 import tempfile
 import time
+import warnings
+from collections import Counter
 from pathlib import Path
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import datasets
 import deepspeed
+import filelock
+import huggingface_hub
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 import tyro
+from datasets.arrow_writer import ArrowWriter
+from scipy.stats import kendalltau, spearmanr
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
-LOGITS_AT_ONCE = 1 << 24  # numbers in one piece of a vocabulary head's output: 32 MiB in bf16
-LOGITS_HELD = 8  # pieces that wait for the backward pass
+NO_LABEL = -100
 
 
 class InputError(Exception):
     """Something that the user can mend. The message says what, where and how, in one line."""
+
+
+class Unusable(Exception):
+    """A row that cannot be used, and why. Such rows are counted and left out."""
+
+
+def said(error: BaseException) -> str:
+    """What an exception says, in one short line; of a chain the innermost, which has the reason."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 # ---------------------------------------------------------------- flags
@@ -51,19 +81,20 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
     defaults that tyro then sees, so that `--help` shows them and every flag on the command line wins. A --dataset or
     --eval_dataset of the user's own cancels the evaluation data that belongs to the task's.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--task", "--constraint", "--dataset", "--eval_dataset"):
-        first.add_argument(flag)
-    given, _ = first.parse_known_args(argv)
-    values = dict(preset(given.task or "toy", given.constraint or "none"))
-    if given.dataset is not None:
-        values |= {"eval_dataset": "", "ranked_dataset": ""}
-    if given.eval_dataset is not None:
-        values |= {"ranked_dataset": ""}
-    names = {field.name for field in dataclasses.fields(args_class)}
-    default = args_class(**{name: value for name, value in values.items() if name in names})
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a ?
+        stream.reconfigure(errors="replace")
     rank = int(os.environ.get("RANK", 0))  # one usage message, not one for each rank
-    args = tyro.cli(args_class, default=default, args=argv, use_underscores=True, console_outputs=rank == 0)
+    read = functools.partial(tyro.cli, args_class, args=argv, use_underscores=True, console_outputs=rank == 0)
+    unset = dict(dataset="\0", eval_dataset="\0")
+    given, _ = read(default=args_class(**unset), add_help=False, return_unknown_args=True)
+    values = preset(given.task, getattr(given, "constraint", "none"))
+    own = given.dataset != "\0", given.eval_dataset != "\0"
+    values |= {"eval_dataset": ""} if own[0] else {}
+    values |= {"ranked_dataset": ""} if any(own) and hasattr(given, "ranked_dataset") else {}
+    args = read(default=args_class(**values))
+    for name, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(args, name, os.path.expanduser(value))
     if getattr(args, "model", None) == "" and args.task != "toy":
         if rank == 0:
             name = f"{Path(sys.argv[0]).name}: error: --task {args.task} needs --model"
@@ -72,31 +103,29 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
     return args
 
 
-def check_flags(args) -> None:
+def check_flags(args, outputs: tuple[str, ...]) -> None:
     """InputError for a value out of range, and for results that must not be replaced; before any work."""
-    least = dict(
-        max_length=1, epochs=0, max_steps=0, micro_batch_size=1, global_batch_size=1, warmup_steps=0, seed=0,
-        log_every=1, eval_every=0, learning_rate=0, weight_decay=0, generate=0, kl_beta=0,
-        label_smoothing=0, kl_coef=0, max_kl=0, score_clip=0, missing_eos_penalty=0, gamma=0, gae_lambda=0, cliprange=0,
-        cliprange_value=0, ppo_epochs=1, minibatches=1, temperature=1e-3, max_prompt_length=1, max_new_tokens=1,
-        policy_learning_rate=0, critic_learning_rate=0,
-    )
-    most = dict(label_smoothing=0.5, gamma=1, gae_lambda=1)
-    for name, minimum in least.items():
-        value, maximum = getattr(args, name, minimum), most.get(name, sys.float_info.max)
-        if not minimum <= value <= maximum:
-            limit = f"at most {maximum}" if value > maximum and name in most else f"at least {minimum}"
+    at_least = {
+        1: "max_length micro_batch_size global_batch_size log_every ppo_epochs minibatches max_prompt_length max_new_tokens",
+        0: "epochs max_steps warmup_steps seed eval_every generate learning_rate policy_learning_rate critic_learning_rate "
+        "weight_decay kl_beta label_smoothing kl_coef max_kl score_clip missing_eos_penalty gamma gae_lambda cliprange "
+        "cliprange_value",
+        1e-3: "temperature",
+    }
+    at_most = dict(label_smoothing=0.5, gamma=1, gae_lambda=1)
+    for least, name in ((least, name) for least, names in at_least.items() for name in names.split()):
+        value, most = getattr(args, name, least), at_most.get(name, sys.float_info.max)
+        if not least <= value <= most:
+            limit = f"at most {most}" if value > most and name in at_most else f"at least {least}"
             raise InputError(f"--{name} is {value}, but must be {limit}")
-    if not args.output_dir:
-        return
-    folder = Path(args.output_dir)
+    folder = Path(args.output_dir or "runs")
+    if args.output_dir:
+        check_output(args, folder, outputs)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file: choose a folder")
-    if not args.overwrite and any((folder / name).exists() for name in ("eval.jsonl", "generations.json", "model")):
-        raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
     for flag in ("model", "ref_model", "policy_model", "reward_model", "judge_model"):
         model = getattr(args, flag, "")
-        if model and (folder / "model").resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
+        if args.output_dir and model and (folder / "model").resolve() in (p := Path(model).resolve(), *p.parents):
             raise InputError(f"--output_dir {folder} holds --{flag} {model} itself: choose another folder")
 
 
@@ -114,52 +143,94 @@ class Process:
             tqdm.write(message)
 
 
-def run(main, args) -> None:
-    """Call main(args); an InputError becomes one line on stderr and exit status 1, on however many ranks."""
+def run(main, args_class, preset) -> None:
+    """Parse the flags and call main(args); an InputError becomes one line on stderr and status 1, on all ranks."""
     try:
-        main(args)
+        find_ranks()
+        main(parse_args(args_class, preset))
         if not torch.cuda.is_available() and dist.get_world_size() > 1:
             # Gloo's threads now and then abort a process of several that ends in the usual way, after all work is done.
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(0)
-    except InputError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank:  # rank 0 says what all ranks found; the launcher ends this one meanwhile, unless it stands alone
-            time.sleep(10)
-        tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)  # clears a progress bar before it
+    except (InputError, OSError) as error:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+        if isinstance(error, OSError) and error.errno not in full:
+            raise
+        if int(os.environ.get("RANK", 0)):  # rank 0 says what all ranks found; the launcher ends this one meanwhile,
+            time.sleep(10)  # unless it stands alone
+        message = error if isinstance(error, InputError) else said(error)
+        tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears a progress bar before it
         sys.exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def find_ranks() -> None:
+    """Set RANK, WORLD_SIZE and LOCAL_RANK as the launcher means them: deepspeed, torchrun, srun, mpirun or none."""
+    env = os.environ
+    for prefix, *theirs, one_machine in (
+        ("SLURM_", "PROCID", "STEP_NUM_TASKS", "LOCALID", env.get("SLURM_STEP_NUM_NODES") == "1"),
+        ("OMPI_COMM_WORLD_", "RANK", "SIZE", "LOCAL_RANK",
+         env.get("OMPI_COMM_WORLD_SIZE") == env.get("OMPI_COMM_WORLD_LOCAL_SIZE")),
+    ):
+        if "RANK" not in env and int(env.get(prefix + theirs[1], 1)) > 1:
+            for name, own in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), theirs):
+                if prefix + own in env:
+                    env.setdefault(name, env[prefix + own])
+            if one_machine:
+                env.setdefault("MASTER_ADDR", "127.0.0.1")
+                env.setdefault("MASTER_PORT", "29500")
+    if int(env.get("WORLD_SIZE", 1)) == 1:
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *(["MASTER_ADDR", "MASTER_PORT"] * (env["WORLD_SIZE"] != "1")))
+    missing = [name for name in names if name not in env]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} not set: start with deepspeed or torchrun, set "
+            "them too, or unset WORLD_SIZE"
+        )
+
+
 def start(seed: int) -> Process:
-    """Join the process group of the deepspeed launcher or torchrun, or be the only process under plain Python."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
-        for name, value in {**alone, "MASTER_PORT": free.getsockname()[1]}.items():
-            os.environ.setdefault(name, str(value))
-    local_rank = int(os.environ["LOCAL_RANK"])
+    """Join the other ranks, or be the only process."""
+    find_ranks()
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     deepspeed.utils.logger.setLevel("ERROR")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # read_rows says what is wrong, in one line
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     else:
-        device = torch.device("cpu")
+        device, backend = torch.device("cpu"), "gloo"
         deepspeed.ops.__compatible_ops__ = {}  # else init_distributed compiles a C++ all-reduce, for over a minute
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1  # deepspeed's, torchrun's
         torch.set_num_threads(max(1, cores // int(local_ranks)))
         keep_freed_memory()
-    # Ranks wait for rank 0 where it alone works; DeepSpeed's own limit is ten minutes.
+    if not dist.is_initialized():
+        wait, work = datetime.timedelta(minutes=1), datetime.timedelta(hours=2)  # others to come; rank 0 alone at work
+        try:
+            store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", timeout=wait))[0]
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            if "EADDRINUSE" in str(error):
+                raise InputError(
+                    f"port {where} is taken, by another run? Choose one: deepspeed --master_port 29501 {sys.argv[0]} ..."
+                ) from error
+            raise InputError(
+                f"rank {rank} of WORLD_SIZE {world_size} waited a minute at {where} for the others ({said(error)})"
+            ) from error
+        store.set_timeout(work)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=work)
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))
     transformers.set_seed(seed)
-    return Process(dist.get_rank(), dist.get_world_size(), device)
+    return Process(rank, world_size, device)
 
 
 def keep_freed_memory() -> None:
@@ -171,27 +242,35 @@ def keep_freed_memory() -> None:
                 libc.mallopt(parameter, 1 << 30)
 
 
-def on_rank_0(process: Process, function):
-    """function() on rank 0 alone; every rank gets its result, or its InputError."""
-    box = [None, None]
-    if process.rank == 0:
+def on_rank_0(process: Process, function, each_machine: bool = False):
+    """function() on rank 0 alone, or on the first rank of each machine; every rank gets rank 0's result, or the error."""
+    result = error = None
+    if process.rank == 0 or each_machine and os.environ["LOCAL_RANK"] == "0":
         try:
-            box[0] = function()
-        except InputError as error:
-            box[1] = str(error)
-        except OSError as error:  # no room, no permission
-            box[1] = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    dist.broadcast_object_list(box, src=0, device=process.device)
-    if box[1] is not None:
-        raise InputError(box[1])
-    return box[0]
+            result = function()
+        except Exception as caught:  # whatever it is, the other ranks must not wait for ever
+            error = caught
+    everyone = gather_objects((result, error and (str(error) if isinstance(error, InputError) else said(error))))
+    if error is not None and not isinstance(error, InputError | OSError):
+        raise error
+    for _, message in everyone:
+        if message is not None:
+            raise InputError(message) from error
+    return everyone[0][0]
+
+
+def gather_objects(item) -> list:
+    """One object of each rank, in order, on every rank."""
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensors of all ranks, of one shape, stacked along a new first dimension: ranks x shape."""
+    """(k, share of the rank) of all ranks as (k, global batch), on the CPU."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
-    return torch.stack(parts)
+    return torch.cat(parts, 1).cpu()
 
 
 def accumulation_steps(args, process: Process) -> int:
@@ -206,96 +285,114 @@ def accumulation_steps(args, process: Process) -> int:
     return share // args.micro_batch_size
 
 
-# ---------------------------------------------------------------- rows and files
+# ---------------------------------------------------------------- files and caches
 
 
-def cache_root() -> Path:
-    """$PCRM_CACHE or ~/.cache/pcrm: the embedded task's model, similarities."""
-    return Path(os.environ.get("PCRM_CACHE") or Path.home() / ".cache" / "pcrm")
+def cached_path(kind: str, content, suffix: str) -> Path:
+    """Where what follows from `content` alone is kept: $PCRM_CACHE or ~/.cache/pcrm."""
+    root = Path(os.environ.get("PCRM_CACHE") or Path.home() / ".cache" / "pcrm")
+    content = [content, torch.__version__, transformers.__version__]
+    return root / kind / (hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32] + suffix)
 
 
-def read_rows(flag: str, name: str, split: str) -> datasets.Dataset:
-    """Rows of a JSON, JSONL or Parquet file, here or at hf://, of a folder, or of a data set on the Hub.
+def cached(kind: str, content, compute, process: Process) -> torch.Tensor:
+    """compute(), on all ranks; or what it gave when `content()`, read on rank 0, was last the same."""
+    path = on_rank_0(process, lambda: cached_path(kind, content(), ".npy"))
 
-    `name` may end with `:SPLIT`. On the Hub and in a folder that names a split (without it `split` is taken, or the
-    only one); in a file it keeps the rows whose column `split` says so. A file without it is used whole.
-    """
-    path, _, wanted = name.rpartition(":")
-    if not path or "/" in wanted or Path(name).exists():
-        path, wanted = name, ""
-    loader = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(path).suffix)
-    where = f"{flag} {name}"
-    try:
-        if Path(path).is_file() or "://" in path:
-            if loader is None:
-                raise InputError(f"{where}: a data file ends with .json, .jsonl or .parquet")
-            rows = datasets.load_dataset(loader, data_files=path, split="train")
-            if wanted:
-                if "split" not in rows.column_names:
-                    raise InputError(f"{where}: the file has no column `split` to select {wanted!r} from")
-                found = set(rows["split"])
-                if wanted not in found:
-                    raise InputError(f"{where}: no row has split {wanted!r}; there are {sorted(map(str, found))}")
-                rows = rows.select([i for i, value in enumerate(rows["split"]) if value == wanted])
-        elif loader is not None:
-            raise InputError(f"{where}: there is no such file")
-        else:
-            splits = datasets.load_dataset(path)
-            names = list(splits)
-            chosen = wanted or (names[0] if len(names) == 1 else split)
-            if chosen not in names:
-                raise InputError(f"{where}: no split {chosen!r}; it has {', '.join(names)}: write {path}:SPLIT")
-            rows = splits[chosen]
-    except InputError:
-        raise
-    except Exception as error:  # the library raises many kinds: an unreachable Hub, a loading script, broken JSON
-        fault = json_fault(Path(path)) if loader == "json" and Path(path).is_file() else None
-        reason = fault or " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if not Path(path).exists():
-            reason += f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
-        raise InputError(f"{where}: {reason}") from error
-    if len(rows) == 0:
-        raise InputError(f"{where}: no rows")
-    return rows
-
-
-def json_fault(path: Path) -> str | None:
-    """Where a file stops being JSON, as `line N: what`."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if text.lstrip().startswith("["):
-        lines = [(text, 0)]
-    else:
-        lines = [(line, number) for number, line in enumerate(text.splitlines()) if line.strip()]
-    for line, number in lines:
+    def read():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            return f"line {number + error.lineno} is not JSON: {error.msg}"
-        if not isinstance(row, dict | list):
-            return f"line {number + 1} is not a JSON object"
-    return "no rows" if not lines else None
+            return np.load(path) if path.exists() else None
+        except Exception as error:  # cut short, or not ours
+            tqdm.write(f"{path} cannot be read and is made again ({said(error)})")
+
+    def write():
+        part = path.with_name(f"{time.time_ns()}.part.npy")
+        with optional(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(part, result.numpy())
+            part.replace(path)
+
+    found = on_rank_0(process, read)
+    if found is not None:
+        return torch.from_numpy(found)
+    result = compute()
+    on_rank_0(process, write)
+    return result
 
 
-def open_output(args, process: Process, script: str) -> Path:
-    """Make --output_dir, runs/<script>-<constraint>-<time> by default, and write args.json into it."""
+@contextlib.contextmanager
+def optional(path: Path):
+    """Inside, a cache is written: what fails is said, and the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(f"warning: {path} is not kept for the next run: {said(error)}")
+
+
+def model_version(path: str, weights: bool = True) -> str:
+    """What changes when the model does (without weights: its tokenizer): the Hub's commit, or a digest of its files."""
+    if not Path(path).is_dir():
+        return f"{path}@{Path(transformers.utils.cached_file(path, 'config.json')).parent.name}"
+    kinds = (".json", ".txt", ".model", ".py", ".jinja", *[".safetensors"] * weights)
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in kinds)
+    return model_digest(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
+
+
+def digest(files) -> str:
+    total = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+@functools.cache
+def model_digest(files: tuple[Path, ...], times: tuple[int, ...]) -> str:
+    """The digest of files that are large, read once a run."""
+    return digest(files)
+
+
+def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
+    """Make --output_dir, runs/<script>-<constraint>-<time> by default, lock it, and write args.json into it.
+
+    `outputs` is what the script writes there, the last one at its end. Only what an earlier run of the same script left
+    is replaced: one that was cut off, or with --overwrite a finished one.
+    """
 
     def make() -> str:
+        script = Path(sys.modules[type(args).__module__].__file__).stem
         name = "-".join(filter(None, (script, getattr(args, "constraint", ""), time.strftime("%Y%m%d-%H%M%S"))))
-        path = Path(args.output_dir or Path("runs") / name)
-        path.mkdir(parents=True, exist_ok=True)
-        check_flags(args)  # once more: another run may have finished there meanwhile
-        ours = list(path.iterdir()) if (path / "args.json").exists() or args.overwrite else []
-        for old in ours:  # of a run that was cut off or is replaced: what the scripts write, and nothing else
-            if old.name in ("args.json", "metrics.jsonl", "eval.jsonl", "margins.png", "generations.json", "ppo.png"):
-                old.unlink()
-            elif old.name in ("model", "tensorboard"):
-                shutil.rmtree(old)
-        args.output_dir = str(path)
-        write_file(path / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-        return str(path)
+        folder, number = Path(args.output_dir or Path("runs") / name), 1
+        while not args.output_dir and folder.exists():
+            folder, number = Path("runs") / f"{name}-{number}", number + 1
+        check_output(args, folder, outputs)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True).acquire()  # until the process ends
+        except filelock.Timeout as error:
+            raise InputError(f"--output_dir {folder} is in use by another run: choose another folder") from error
+        check_output(args, folder, outputs)  # once more: another run may have finished there meanwhile
+        for old in (folder / name for name in ("args.json", "metrics.jsonl", "tensorboard", "model", *outputs)):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        args.output_dir = str(folder)
+        write_file(folder / "args.json", json.dumps(vars(args), indent=2) + "\n")
+        return str(folder)
 
     args.output_dir = on_rank_0(process, make)
     return Path(args.output_dir)
+
+
+def check_output(args, folder: Path, outputs: tuple[str, ...]) -> None:
+    """InputError if results in the folder would be replaced that must not be."""
+    found = [name for name in ("args.json", "metrics.jsonl", "tensorboard", "model", *outputs) if (folder / name).exists()]
+    try:
+        ours = json.loads((folder / "args.json").read_text(encoding="utf-8")).keys() == vars(args).keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if found and not ours:
+        raise InputError(f"--output_dir {folder} holds {found[-1]}, which no run of this script left: choose another folder")
+    if outputs[-1] in found and not args.overwrite:
+        raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
 
 
 def write_file(path: Path, text: str) -> None:
@@ -305,45 +402,483 @@ def write_file(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a whole .npy file or none of it, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{time.time_ns()}.part.npy")
-    np.save(part, array)
-    part.replace(path)
-
-
 def json_line(values: dict) -> str:
     """One line of JSON. A value that does not apply is null: None, and numbers that are not finite."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(clean, allow_nan=False) + "\n"
 
 
-class Metrics:
-    """metrics.jsonl, TensorBoard and a progress bar, on rank 0."""
+# ---------------------------------------------------------------- rows
 
-    def __init__(self, folder: Path, process: Process, total_steps: int):
-        self.enabled = process.rank == 0
+
+def read_rows(flag: str, name: str, split: str):
+    """Rows of a JSON, JSONL or Parquet file, here or at hf://, of a folder, or of a data set on the Hub.
+
+    `name` may end with `:SPLIT`. On the Hub and in a folder that names a split (without it `split` is taken, or the
+    only one); in a file it keeps the rows whose column `split` says so. A file without it is used whole. A pattern such
+    as part-*.jsonl stands for all files that match, where no file has that very name.
+    """
+    path, wanted = split_name(name)
+    where = f"{flag} {name}"
+    try:
+        files = data_files(path)
+        if files is None:
+            again = "force_redownload" if Path(path).is_dir() else None  # files may change and keep name and time
+            splits = datasets.load_dataset(path, download_mode=again)
+            chosen = wanted or (list(splits)[0] if len(splits) == 1 else split)
+            if chosen not in splits:
+                raise InputError(f"{where}: no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
+            rows = splits[chosen]
+        elif not files:
+            raise InputError(f"{where}: there is no such file")
+        elif Path(path).suffix == ".parquet":
+            table = pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files])
+            rows = datasets.Dataset(datasets.table.InMemoryTable(table))
+        else:
+            rows = [row for file in files for row in read_json(file)]
+        if files and wanted:
+            found = [row.get("split") for row in rows] if isinstance(rows, list) else rows["split"][:]
+            keep = [i for i, value in enumerate(found) if value == wanted]
+            if not keep:
+                raise InputError(f"{where}: no row has split {wanted!r}; there are {sorted(set(map(str, found)))}")
+            rows = [rows[i] for i in keep] if isinstance(rows, list) else rows.select(keep)
+    except InputError:
+        raise
+    except Exception as error:  # the libraries raise many kinds: an unreachable Hub, a loading script, a broken file
+        hint = "" if Path(path).exists() else (
+            f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
+        )
+        raise InputError(f"{where}: {said(error)}{hint}") from error
+    if len(rows) == 0:
+        raise InputError(f"{where}: no rows")
+    return rows
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(path, SPLIT) of path:SPLIT."""
+    path, _, wanted = name.rpartition(":")
+    return (name, "") if not path or "/" in wanted or Path(name).exists() else (path, wanted)
+
+
+def data_files(path: str) -> list[Path] | None:
+    """The files that a path, a pattern or an hf:// address stands for; None for a folder or the name of a data set."""
+    address = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?/(.+)", path)
+    if Path(path).suffix not in (".json", ".jsonl", ".parquet") and (address or Path(path).is_file()):
+        raise InputError(f"{path}: a data file ends with .json, .jsonl or .parquet")
+    if Path(path).is_file():
+        return [Path(path)]
+    if address:
+        repository, revision, pattern = address.groups()
+        folder = huggingface_hub.snapshot_download(
+            repository, repo_type="dataset", revision=revision, allow_patterns=pattern
+        )
+        return sorted(Path(folder).glob(pattern))
+    return sorted(map(Path, glob.glob(path))) if Path(path).suffix in (".json", ".jsonl", ".parquet") else None
+
+
+def read_json(path: Path) -> list[dict]:
+    """Rows of a JSON list, or of a file with a JSON object on each line; texts stay the texts that they are."""
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    whole = data.lstrip().startswith(b"[")
+    rows = []
+    for number, line in enumerate([data] if whole else data.split(b"\n"), 1):
+        try:
+            if line.strip():
+                found = json.loads(line.decode("utf-8"))
+                if b"\\ud" in line.lower():
+                    json.dumps(found, ensure_ascii=False).encode()
+                rows += found if whole else [found]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: line {number + error.lineno - 1} is not JSON: {error.msg}") from error
+        except UnicodeDecodeError as error:
+            number += line[: error.start].count(b"\n")
+            raise InputError(f"{path}: line {number} is not UTF-8: {error.reason}") from error
+        except UnicodeEncodeError as error:
+            number += line[: line.lower().find(b"\\ud")].count(b"\n")
+            raise InputError(f"{path}: line {number} has a lone surrogate, half a character, which is no text") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: {'row' if whole else 'line'} {number} is not a JSON object: {row!r:.80}")
+    return rows
+
+
+def text(row: dict, name: str) -> str | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.80}, but must be text")
+    return value
+
+
+def prompt_of(row: dict) -> str | None:
+    """The prompt of a row: as it stands, or an instruction or a post in the paper's wording."""
+    if "prompt" in row:
+        return text(row, "prompt")
+    if "instruction" in row:
+        instruction, extra = text(row, "instruction"), text(row, "input") or ""
+        if instruction is None:
+            return None
+        # The input is left out where the instruction repeats it as a whole.
+        repeated = instruction == extra or instruction.endswith((f" {extra}", f"\n{extra}"))
+        return f"\n\nHuman: {instruction if repeated else instruction + extra}\n\nAssistant: "
+    if text(row, "post") is None:  # a news article, not from Reddit
+        return None
+    task = "Your task is to generate a short summary of a post."
+    return f"\n\nHuman: {task}\n\nPost: {row['post']}\n\nSummary: \n\nAssistant: "
+
+
+def preference_of(row: dict) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected response of a row in any known format."""
+    check_columns(
+        row, "prompt/chosen/rejected", "instruction[/input]/output_1/output_2/preference", "info/summaries/choice"
+    )
+    if "chosen" in row:
+        prompt, chosen, rejected = prompt_of(row), text(row, "chosen"), text(row, "rejected")
+    elif "preference" in row:
+        prompt, first, second = prompt_of(row), text(row, "output_1"), text(row, "output_2")
+        if row["preference"] not in (0, 1, 2):
+            raise ValueError(f"preference is {row['preference']!r:.80}, but must be 1, 2 or 0 (a tie)")
+        if row["preference"] == 0:
+            raise Unusable("tie")
+        chosen, rejected = (first, second) if row["preference"] == 1 else (second, first)
+    else:
+        info, choice, summaries = row["info"], row["choice"], row["summaries"] or ()
+        if choice not in (0, 1) or len(summaries) != 2 or not all(isinstance(x, dict) for x in (info, *summaries)):
+            raise ValueError(f"info must hold a post, choice (here {choice!r:.80}) be 0 or 1 of 2 texts")
+        post = {"post": info.get("post")}
+        prompt, chosen, rejected = prompt_of(post), *(text(summaries[i], "text") for i in (choice, 1 - choice))
+    check_texts(prompt, chosen, rejected)
+    return prompt, chosen, rejected
+
+
+def demonstration_of(row: dict) -> tuple[str, str]:
+    """Prompt and completion of a row in any known format."""
+    check_columns(row, "prompt/completion", "instruction[/input]/output", "post/summary")
+    name = next(name for name in ("completion", "output", "summary") if name in row)
+    prompt, completion = prompt_of(row), text(row, name)
+    check_texts(prompt, completion)
+    return prompt, completion
+
+
+def check_columns(row: dict, *formats: str) -> None:
+    """ValueError unless the row has the columns of one format, such as "prompt/completion"; [optional] ones aside."""
+    if not any(set(re.sub(r"\[.*?\]", "", columns).split("/")) <= row.keys() for columns in formats):
+        wanted = ", or ".join(columns.replace("[", "").replace("]", "") for columns in formats)
+        raise ValueError(f"the columns are {', '.join(row)}, but must be {wanted}")
+
+
+def check_texts(prompt: str | None, *responses: str | None) -> None:
+    """Unusable unless all are there, and no response is empty."""
+    if prompt is None or None in responses:
+        raise Unusable("missing text")
+    if not all(response.strip() for response in responses):
+        raise Unusable("empty response")
+
+
+def tokenize(tokenizer, prompt: str, *responses: str) -> list[list[int]]:
+    """Tokens of the prompt with what begins a text (BOS), and of each response with EOS, each as generation sees it."""
+    before, eos = beginning(tokenizer), [tokenizer.eos_token_id]
+    first, *others = tokenizer([prompt, *responses], add_special_tokens=False).input_ids
+    first = first if first[: len(before)] == before else before + first  # neither BOS nor EOS twice
+    return [first] + [ids if ids[-1:] == eos else ids + eos for ids in others]
+
+
+@functools.cache
+def beginning(tokenizer) -> list[int]:
+    """The tokens that the tokenizer itself puts before a text."""
+    ids, plain = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    return next(ids[:i] for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+
+
+def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Rows to train on, none with --epochs 0, and held-out rows: --eval_dataset, or prompts of --dataset."""
+    if args.eval_dataset:
+        held_out = load_rows("--eval_dataset", args.eval_dataset, "test", encode, process)
+        rows = load_rows("--dataset", args.dataset, "train", encode, process) if args.epochs else held_out.select([])
+        return rows, held_out
+    rows, same_prompt = load_rows("--dataset", args.dataset, "train", encode, process), {}
+    for i, prompt in enumerate(rows["prompt"][:]):
+        same_prompt.setdefault(prompt, []).append(i)
+    order = np.random.default_rng(args.seed).permutation(len(same_prompt))
+    groups, held_out = [list(same_prompt.values())[i] for i in order], []
+    for count, group in enumerate(groups, 1):  # all rows of a prompt on one side
+        held_out += group
+        if len(held_out) >= min(500, len(rows) / 10):
+            break
+    process.print(f"held out: {len(held_out)} rows, all those of {count} of {len(groups)} prompts")
+    return rows.select([i for group in groups[count:] for i in group if args.epochs]), rows.select(held_out)
+
+
+def load_rows(flag: str, name: str, split: str, encode, process: Process) -> datasets.Dataset:
+    """The columns that `encode(row)` makes of each row. Rows for which it raises Unusable are counted by reason.
+
+    `encode` is a functools.partial. Rows are encoded by one rank of each machine, kept on disk, and read from there by
+    all ranks without a copy in memory; a later start encodes nothing.
+    """
+    settings = {key: value for key, value in encode.keywords.items() if key != "tokenizer"}
+    sources = digest([__file__, encode.func.__code__.co_filename])
+
+    def build() -> tuple[str, dict] | None:
+        rows = read_rows(flag, name, split)
+        files = data_files(split_name(name)[0])
+        version = rows._fingerprint if files is None else digest(files)
+        tokenizer = model_version(encode.keywords["tokenizer"].name_or_path, weights=False)
+        path = cached_path("rows", [version, split_name(name)[1], tokenizer, settings, sources], ".arrow")
+        try:
+            counts = json.loads(path.with_suffix(".json").read_text())
+            datasets.Dataset.from_file(str(path))
+            return str(path), counts
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # cut short
+            tqdm.write(f"{path} cannot be read and is made again ({said(error)})")
+        part = path.with_name(f"{time.time_ns()}.part")
+        with optional(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as stream:
+                counts = write_rows(rows, stream, f"{flag} {name}", encode)
+            write_file(path.with_suffix(".json"), json.dumps(counts))
+            part.replace(path)
+            return str(path), counts
+        part.unlink(missing_ok=True)
+
+    found = on_rank_0(process, build, each_machine=True)
+    if found is None:  # nowhere to keep them: each rank encodes them for itself
+        buffer = pyarrow.BufferOutputStream()
+        counts = write_rows(read_rows(flag, name, split), buffer, f"{flag} {name}", encode)
+        kept = datasets.Dataset.from_buffer(buffer.getvalue())
+    else:
+        kept, counts = datasets.Dataset.from_file(found[0]), found[1]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    process.print(f"{flag}: {len(kept)} rows" + (f"; dropped {sum(counts.values())}: {reasons}" if counts else ""))
+    return kept
+
+
+def write_rows(rows, stream, where: str, encode) -> dict[str, int]:
+    """Write the encoded rows as Arrow; returns how many were left out, by reason."""
+    counts, writer = Counter(), None
+    kinds = {int: datasets.Value("int32"), str: datasets.Value("string"), list: datasets.List(datasets.Value("int32"))}
+    for number, row in enumerate(rows, 1):
+        try:
+            columns = encode(row)
+        except Unusable as error:
+            counts[str(error)] += 1
+            continue
+        except ValueError as error:
+            raise InputError(f"{where}, row {number}: {error}") from error
+        if writer is None:
+            features = datasets.Features({key: kinds[type(value)] for key, value in columns.items()})
+            writer = ArrowWriter(stream=stream, features=features)
+        writer.write(columns)
+    if writer is None:
+        raise InputError(f"{where}: no usable row is left ({', '.join(f'{n} {reason}' for reason, n in counts.items())})")
+    writer.finalize()
+    return dict(counts)
+
+
+def load_ranked(args, encode, process: Process) -> tuple[dict | None, list[list[float]]]:
+    """Responses of --ranked_dataset as columns, each the chosen one of a pair with the next; and each prompt's scores.
+
+    Of prompts with more than two responses, where all can be used.
+    """
+    if not args.ranked_dataset:
+        return None, []
+    where = f"--ranked_dataset {args.ranked_dataset}"
+
+    def read() -> tuple[list[dict], list[list[float]]]:
+        pairs, human = [], []
+        for number, row in enumerate(rows := read_rows("--ranked_dataset", args.ranked_dataset, "test"), 1):
+            try:
+                check_columns(row, "prompt/responses/scores")
+                prompt, responses, scores = row["prompt"], row["responses"], row["scores"]
+                numbers = [isinstance(score, int | float) and math.isfinite(score) for score in scores or ()]
+                strings = [isinstance(response, str) for response in (prompt, *(responses or ()))]
+                if not all(numbers + strings) or len(numbers) != len(strings) - 1 or not isinstance(responses, list):
+                    raise ValueError("prompt must be text, responses a list of texts, scores a number each")
+                partners = zip(responses, responses[1:] + responses[:1])
+                each = [encode({"prompt": prompt, "chosen": a, "rejected": b}) for a, b in partners if len(responses) > 2]
+            except Unusable:
+                continue
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{where}, row {number}: {error}") from error
+            pairs += each
+            human += [scores] if each else []
+        process.print(f"--ranked_dataset: {len(human)} of {len(rows)} prompts have more than two responses that can be used")
+        return pairs, human
+
+    pairs, human = on_rank_0(process, read)
+    return datasets.Dataset.from_list(pairs) if pairs else None, human
+
+
+def rank_correlations(scores: list[float], human: list[list[float]]) -> dict[str, float | None]:
+    """Mean over prompts of the rank correlation of a model's scores, prompt after prompt, with the human ones."""
+    if not human:
+        return {"ranked_spearman": None, "ranked_kendall": None}
+    scores = iter(scores)
+    both = [([next(scores) for _ in own], own) for own in human]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(constant|empty).*")  # then a correlation is NaN
+        spearman, kendall = ([f(*pair).statistic for pair in both] for f in (spearmanr, kendalltau))
+        return {"ranked_spearman": float(np.nanmean(spearman)), "ranked_kendall": float(np.nanmean(kendall))}
+
+
+# ---------------------------------------------------------------- batches
+
+
+def total_steps(args, rows: int) -> int:
+    """Optimizer steps of the run; InputError where the rows do not fill one."""
+    per_epoch = rows // args.global_batch_size
+    if args.epochs and not per_epoch:
+        raise InputError(
+            f"{rows} rows, without the held-out ones, do not fill a --global_batch_size of {args.global_batch_size}: pass a "
+            "smaller one"
+        )
+    return min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
+
+
+def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: steps x size row numbers, a function of (seed, epoch) and the data alone.
+
+    Like lengths come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the batches
+    are shuffled. A global batch is then cut to ranks and micro batches, so their number changes nothing.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    # Drop the incomplete batch before sorting; after it, always the longest rows would be dropped.
+    order = order[: len(order) // size * size]
+    windows = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]
+    order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
+    return rng.permutation(order.reshape(-1, size))
+
+
+def collate_rows(ids: list[list[int]], starts: list[int], pad_token_id: int, device: torch.device) -> dict:
+    """Model inputs for R rows, padded on the right (causal attention then needs no mask), and what they predict.
+
+    Returns:
+        input_ids (R, T); labels (R, T), the next token from each row's start on, else -100.
+    """
+    labels = [[NO_LABEL] * (start - 1) + row[start:] + [NO_LABEL] for row, start in zip(ids, starts)]
+    rows = {"input_ids": (ids, pad_token_id), "labels": (labels, NO_LABEL)}
+    return {name: padded(values, padding).to(device) for name, (values, padding) in rows.items()}
+
+
+def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], True, value)  # R T
+
+
+def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> tuple[dict, ...]:
+    """Model inputs for B pairs (columns chosen_ids, rejected_ids, prefix), and what lies where.
+
+    With a shared prefix, R = B rows [prefix | chosen | rejected]: rejected does not see chosen, and its positions
+    restart. They fork one token before the first that differs, so that each position predicts one token. Without,
+    R = 2 B rows, a pair's two together, padded on the right; causal attention then needs no mask at all. The cheaper
+    form is taken, by the tokens that the model would have to read.
+
+    Returns:
+        Model inputs: input_ids (R, T), if shared also position_ids (R, T) and attention_mask (R, 1, T, T), which is added
+        to the attention's scores; labels (R, T), the next token of the same response, -100 at its end and in padding;
+        branch (R, T), 0 what both responses begin with, 1 chosen, 2 rejected, -1 padding; positions (R, T).
+    """
+    pairs = list(zip(batch["chosen_ids"], batch["rejected_ids"], batch["prefix"]))
+    width = max(max(len(chosen), len(rejected)) for chosen, rejected, _ in pairs)
+    shared = share_prefix and max(len(c) + len(r) - prefix for c, r, prefix in pairs) < 2 * width
+    rows = []
+    for chosen, rejected, prefix in pairs:
+        if shared:
+            k = max(prefix - 1, 0)
+            rows.append((
+                chosen + rejected[k:], chosen[1:] + [NO_LABEL] + rejected[k + 1 :] + [NO_LABEL],
+                [0] * k + [1] * (len(chosen) - k) + [2] * (len(rejected) - k),
+                [*range(len(chosen)), *range(k, len(rejected))],
+            ))
+        else:
+            for branch, ids in ((1, chosen), (2, rejected)):
+                rows.append((ids, ids[1:] + [NO_LABEL], [branch] * len(ids), [*range(len(ids))]))
+    columns = [padded(column, value) for column, value in zip(zip(*rows), (pad_token_id, NO_LABEL, -1, 0))]
+    input_ids, labels, branch, positions = (column.to(device) for column in columns)  # each R T
+    inputs = {"input_ids": input_ids}
+    if shared:
+        visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # R T T
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+        mask.masked_fill_(~visible.tril(), torch.finfo(dtype).min)
+        inputs |= {"position_ids": positions, "attention_mask": mask[:, None]}  # R 1 T T
+    return inputs, labels, branch, positions
+
+
+@torch.no_grad()
+def over_rows(module, forward, rows, args, process: Process) -> torch.Tensor:
+    """forward(columns of B rows), (B, k), for all rows: (n, k) fp32 on the CPU of every rank."""
+    module.eval()
+    order = np.argsort([-length for length in rows["row_length"][:]], kind="stable")
+    batches = [order[i : i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
+    results = None
+    for first in range(0, len(batches), process.world_size):
+        number = first + process.rank  # at ZeRO-3 each rank must run equally many batches: the last ones may idle
+        chosen = batches[min(number, len(batches) - 1)]
+        result = forward(rows[chosen]).float()  # B k
+        if results is None:
+            results = result.new_zeros(len(rows), result.shape[1])
+        if number < len(batches):
+            results[torch.as_tensor(chosen, device=results.device)] = result
+    dist.all_reduce(results)
+    module.train()
+    if not results.isfinite().all():
+        raise InputError("evaluation: a score is not finite; the model has diverged or its weights are broken")
+    return results.cpu()
+
+
+# ---------------------------------------------------------------- metrics
+
+
+class Metrics:
+    """metrics.jsonl, TensorBoard and a progress bar, on rank 0.
+
+    `shown` are the keys that a terminal gets, `derived` gives further values of a line's means.
+    """
+
+    def __init__(self, folder: Path, process: Process, args, total_steps: int, shown, derived=lambda values: {}):
+        self.enabled, self.log_every, self.total_steps = process.rank == 0, args.log_every, total_steps
+        self.shown, self.derived = shown, derived
         self.bar = tqdm(total=total_steps, unit="step", disable=None if self.enabled and total_steps else True)
+        self.history, self.amounts, self.since = [], Counter(), time.perf_counter()
         if self.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
             self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
+    def add(self, step: int, values: dict, last: bool = False, **amounts: int) -> bool:
+        """Keep a step's values; every --log_every steps write their means, and amounts per second. Whether it wrote."""
+        self.history.append({name: None if value is None else float(value) for name, value in values.items()})
+        self.amounts.update(amounts)
+        self.bar.update()
+        if not (last or step in (1, self.total_steps) or step % self.log_every == 0):
+            return False
+        seconds, columns = time.perf_counter() - self.since, zip(*(line.values() for line in self.history))
+        means = {name: None if None in column else float(np.mean(column)) for name, column in zip(values, columns)}
+        self.write(step, "train", means | {f"{name}_per_s": n / seconds for name, n in self.amounts.items()})
+        self.history, self.amounts, self.since = [], Counter(), time.perf_counter()
+        return True
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Inside, the clock of the rates stands still."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
     def write(self, step: int, split: str, values: dict) -> None:
         if not self.enabled:
             return
+        values = values | self.derived(values)
         self.file.write(json_line({"step": step, "split": split, **values}))
         for name, value in values.items():
             if value is not None and math.isfinite(value):
                 self.board.add_scalar(f"{split}/{name}", value, step)
-        names = ("loss", "perplexity", "accuracy", "margin_mean", "margin_max", "score_mean", "kl")
-        shown = {k: values[k] for k in names if values.get(k) is not None}
+        shown = {name: values[name] for name in self.shown if values.get(name) is not None}
         if split == "train" and not self.bar.disable:
-            self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()})
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
         else:  # no terminal: no bar, but lines
-            tqdm.write(f"step {step} {split}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+            tqdm.write(f"step {step} {split}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
     def close(self) -> None:
         self.bar.close()
@@ -356,40 +891,20 @@ class Metrics:
 
 
 def toy_model() -> str:
-    """The folder of the embedded task's starting model, a random Llama of 0.9 million parameters with a byte-level BPE.
+    """The folder of the embedded task's starting model, a Llama of 0.9 million parameters with random weights.
 
-    Built at first use, in a second or two; an ordinary Hugging Face folder from then on.
+    Made at first use; an ordinary Hugging Face folder from then on.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    files = sorted(DATA.glob("*_train.jsonl"))
-    source = Path(__file__).read_bytes() + b"".join(path.read_bytes() for path in files)
-    folder = cache_root() / f"toy-{hashlib.sha256(source).hexdigest()[:12]}"
+    source = DATA / "toy"
+    folder = cached_path("toy", digest(sorted(source.iterdir())), "")
     if folder.exists():
         return str(folder)
-    rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    bpe.train_from_iterator((text for row in rows for text in row.values()), trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=1024
-    )
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=1024, initializer_range=0.1, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config)
+        model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(source))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix="toy-", dir=folder.parent))
-    tokenizer.save_pretrained(part)
+    part = Path(tempfile.mkdtemp(prefix="part-", dir=folder.parent))
+    shutil.copytree(source, part, dirs_exist_ok=True)
     model.save_pretrained(part)
     try:
         part.rename(folder)
@@ -415,9 +930,8 @@ def load_tokenizer(path: str, trust_remote_code: bool):
     if tokenizer.pad_token is None or tokenizer.pad_token in taken:
         special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
         free = [t for t in special if t not in taken and t not in str(tokenizer.chat_template or "")]
-        named_pad = [t for t in free if "pad" in t.lower()]
         unknown = [tokenizer.unk_token] if tokenizer.unk_token and tokenizer.unk_token not in taken else []
-        candidates = named_pad + unknown + free
+        candidates = [t for t in free if "pad" in t.lower()] + unknown + free
         if not candidates:
             raise InputError(
                 f"{path}: its tokenizer has no padding token that differs from EOS, and no unused special "
@@ -427,46 +941,125 @@ def load_tokenizer(path: str, trust_remote_code: bool):
     return tokenizer
 
 
-def load_model(auto_class, path: str, args, engine_config: dict, **config_values):
-    """`auto_class.from_pretrained(path)` with dropout off, sharded from the start at ZeRO-3.
+def check_tokenizer(flag: str, path: str, tokenizer, flag_of_tokenizer: str, trust_remote_code: bool) -> None:
+    """InputError unless the model at `path` has the same tokens, and the same one ends a text."""
+    other, what = load_tokenizer(path, trust_remote_code), f"{flag} {path} has another"
+    own = f"than {flag_of_tokenizer} {tokenizer.name_or_path}"
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{what} vocabulary {own}")
+    if other.eos_token != tokenizer.eos_token:
+        raise InputError(f"{what} EOS token, {other.eos_token!r}, {own}, {tokenizer.eos_token!r}")
+
+
+def zero_stage(args) -> int:
+    """At stage 0 DeepSpeed's 16 bit optimizer would step once on no gradient; 16 bits run at stage 1 instead."""
+    return max(args.zero_stage, int(args.dtype != "fp32"))
+
+
+def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config: dict, **values):
+    """`auto_class.from_pretrained(path)` with whatever is random in training off, sharded from the start at ZeRO-3.
 
     Returns the model and transformers' loading information (`missing_keys` are those newly initialized).
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     # While this object lives, from_pretrained shards every model that it loads; hence made and dropped here.
-    sharding = transformers.integrations.HfDeepSpeedConfig(engine_config) if args.zero_stage == 3 else None
+    sharding = transformers.integrations.HfDeepSpeedConfig(engine_config) if zero_stage(args) == 3 else None
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        for name, value in config.to_dict().items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
-                setattr(config, name, 0.0)
-        for name, value in config_values.items():
+        no_dropout(config)
+        for name, value in (values | {"pad_token_id": tokenizer.pad_token_id}).items():
             setattr(config, name, value)
         model, info = auto_class.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
-            trust_remote_code=args.trust_remote_code, output_loading_info=True,
+            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )
     except Exception as error:  # OSError, ValueError, RuntimeError, KeyError and the Hub's own, by what is missing
         raise model_error("model", path, error) from error
     finally:
         del sharding
+    for name, found, wanted in info["mismatched_keys"]:
+        raise InputError(f"{flag} {path}: {name} has the shape {tuple(found)} in its weights, but {tuple(wanted)} is needed")
     rows = model.get_input_embeddings().num_embeddings
-    if config_values.get("pad_token_id", 0) >= rows:
+    beyond = min(((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows), default=None)
+    if beyond:
         raise InputError(
-            f"{path}: padding token {config_values['pad_token_id']} is outside the model's {rows} embeddings: set "
-            "`pad_token` in its tokenizer_config.json to an unused token that the model has"
+            f"{flag} {path} has {rows} embeddings, but its tokenizer {len(tokenizer)} tokens; the first without one is "
+            f"{beyond[0]}, {beyond[1]!r}: resize the model's embeddings, or take the tokenizer that it was trained with"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     for table in model.modules():  # learned positions: beyond the table there are none (OPT's has two rows more)
         is_table = isinstance(table, torch.nn.Embedding) and table is not model.get_input_embeddings()
         if is_table and 0 <= table.num_embeddings - positions <= 2 and args.max_length > positions:
             raise InputError(
-                f"{path} has {positions} learned positions, but a row may have {args.max_length} tokens: lower "
+                f"{flag} {path} has {positions} learned positions, but a row may have {args.max_length} tokens: lower "
                 "--max_length (ppo.py: --max_prompt_length or --max_new_tokens)"
             )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, info
+
+
+def no_dropout(config) -> None:
+    """Set every probability of dropping or jittering to 0, in nested configurations too."""
+    for name, value in vars(config).items():
+        if isinstance(value, transformers.PretrainedConfig):
+            no_dropout(value)
+        elif isinstance(value, float) and re.search("drop|jitter", name):
+            setattr(config, name, 0.0)
+
+
+def load_language_model(flag: str, path: str, args, tokenizer, engine_config: dict):
+    """A causal language model."""
+    model, info = load_model(transformers.AutoModelForCausalLM, flag, path, args, tokenizer, engine_config)
+    if any(name.startswith("score.") for name in info["unexpected_keys"]):
+        raise InputError(f"{flag} {path} is a reward model, but a language model is needed: pass the SFT model")
+    if info["missing_keys"]:
+        raise InputError(f"{flag} {path}: no language model; missing {sorted(info['missing_keys'])}")
+    # Else `generate` would take the model's own suppressed tokens, top-p and the like over.
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+class Scorer(torch.nn.Module):
+    """A sequence classifier whose head sees chosen positions only, called as a language model is."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier, self.config, self.dtype = classifier, classifier.config, classifier.dtype
+
+    def forward(self, logits_to_keep: torch.Tensor, **inputs):
+        """logits: scores (N,) fp32 where logits_to_keep (R, T) is True."""
+        hidden = self.classifier.base_model(**inputs).last_hidden_state[logits_to_keep]  # R T H -> N H
+        return transformers.modeling_outputs.SequenceClassifierOutput(
+            logits=self.classifier.score(hidden).squeeze(-1).float()
+        )
+
+
+def load_reward_model(flag: str, path: str, args, tokenizer, engine_config: dict, new_head: bool = False) -> Scorer:
+    """A sequence classifier with one label. A new head is drawn from the seed, alike on all ranks and ZeRO stages."""
+    model, info = load_model(
+        transformers.AutoModelForSequenceClassification, flag, path, args, tokenizer, engine_config,
+        num_labels=1, problem_type="regression",
+    )
+    missing, what = set(info["missing_keys"]), f"{flag} {path}"
+    if not hasattr(model, "score") or missing - {"score.weight"}:
+        raise InputError(f"{what}: not a decoder with a `score` head; missing {sorted(missing)}")
+    if missing and not new_head:
+        raise InputError(f"{what} is no reward model: pass what reward.py wrote")
+    if missing:
+        with torch.device("meta"):  # the names that a language model of this kind has beside its body
+            known = transformers.AutoModelForCausalLM.from_config(model.config, trust_remote_code=args.trust_remote_code)
+        unused = set(info["unexpected_keys"]) - set(known.state_dict())
+        if unused:
+            raise InputError(f"{what}: {sorted(unused)} would not be used; rename a reward model's head to score.weight")
+        config = model.config.get_text_config()
+        std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02  # OPT: init_std
+        with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
+            head = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(args.seed))
+            model.score.weight.data.copy_(head * std)
+    return Scorer(model)
 
 
 def model_error(what: str, path: str, error: Exception) -> InputError:
@@ -475,38 +1068,107 @@ def model_error(what: str, path: str, error: Exception) -> InputError:
         reason = "only pickled weights, which can run code when loaded: convert them to safetensors first"
     elif folder.is_dir() and not (folder / "config.json").exists() and (folder / "model").is_dir():
         reason = f"it is the folder of a run: pass {folder / 'model'}"
-    elif "scaled_dot_product_attention" in str(error):
-        reason = "transformers has no `sdpa` attention for this architecture, the one kind that is used here"
     elif "trust_remote_code" in str(error):
         reason = "it needs code of its own: read that code, then pass --trust_remote_code"
+    elif folder.exists():
+        reason = said(error)
     else:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if not folder.exists():
-            reason = f"there is no such folder, nor could the Hub give it; download it and pass its folder ({reason})"
+        reason = f"there is no such folder, nor could the Hub give it; download it and pass its folder ({said(error)})"
     return InputError(f"cannot load the {what} {path}: {reason}")
+
+
+class TargetLogps(torch.autograd.Function):
+    """Log-probability of each target, in fp32. Overwrites the logits with their softmax, which is all that the backward
+    pass needs: in bf16 half of what `cross_entropy` keeps, and no buffer for gradients."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        logps = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        size = 32 if logits.device.type == "cpu" else 4096  # rows whose fp32 copy stays in a CPU's cache
+        for rows, target, logp in zip(logits.split(size), targets.split(size), logps.split(size)):
+            scaled = rows.float() / temperature
+            logp.copy_(-F.cross_entropy(scaled, target, reduction="none"))
+            if ctx.needs_input_grad[0]:
+                rows.copy_(scaled.softmax(-1))
+        ctx.temperature = temperature
+        ctx.save_for_backward(logits, targets, logps)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        softmax, targets, logps = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        own = -torch.expm1(logps) * grad  # d log π / d logits = 1 - π at the target, and -π elsewhere
+        grads = softmax.mul_(-grad.to(softmax.dtype)[:, None])  # n V
+        return grads.scatter_(1, targets[:, None], own.to(grads.dtype)[:, None]), None, None
+
+
+def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, **inputs) -> torch.Tensor:
+    """log π of each label (R, T) that is not -100, row after row: (N,) fp32. The vocabulary head sees no other position."""
+    keep = labels != NO_LABEL  # R T
+    logits = model(logits_to_keep=keep, use_cache=False, **inputs).logits  # N V
+    logits = logits[keep] if logits.dim() == 3 else logits  # a model with code of its own may keep all
+    return TargetLogps.apply(logits, labels[keep], temperature)
+
+
+@torch.no_grad()
+def check_model(engine, model, args, process: Process) -> bool:
+    """Whether a pair may share one row with its prefix, found out by scoring a made-up pair both ways.
+
+    InputError for a model that is random in training, or that looks ahead.
+    """
+    length, config = max(args.max_length, 4), model.config.get_text_config()
+    fork = length // 2  # tokens that the two begin with alike
+    chosen, rejected = np.random.default_rng(0).integers(config.vocab_size, size=(2, length)).tolist()
+    pair = dict(chosen_ids=[chosen], rejected_ids=[chosen[:fork] + rejected[fork:]], prefix=[fork])
+
+    def outputs(share: bool) -> torch.Tensor:
+        """What the head gives inside the prefix and at the end of each response."""
+        inputs, labels, branch, positions = collate_pairs(pair, 0, share, model.dtype, process.device)
+        keep = (branch >= 0) & (labels == NO_LABEL) | (positions == fork - 2)  # R T
+        logits = engine(logits_to_keep=keep, use_cache=False, **inputs).logits
+        return (logits[keep] if logits.dim() == 3 else logits).float()
+
+    def differ(some: torch.Tensor, others: torch.Tensor) -> bool:
+        rounding = 1e-3 if args.dtype == "fp32" else 0.05
+        return not (some - others).abs().max() <= rounding * apart.abs().max()
+
+    engine.train()
+    apart = outputs(False)  # prefix and end of chosen, prefix and end of rejected
+    if differ(apart, outputs(False)):
+        raise InputError(f"{args.model}: scores change from one pass to the next; something in it is random in training")
+    if differ(apart[0], apart[2]):
+        raise InputError(f"{args.model} is not causal: what follows a token changes what the model says before it")
+    if (getattr(config, "sliding_window", None) or length) < length:  # in 16 bits this could hide in the rounding
+        return False
+    try:
+        return not differ(apart[[0, 1, 3]], outputs(True))
+    except Exception:  # it takes no mask or no positions of ours
+        return False
+
+
+# ---------------------------------------------------------------- engine
 
 
 def engine_config(args, accumulation: int) -> dict:
     """The DeepSpeed configuration of one engine."""
-    if args.offload and args.zero_stage == 0:
+    if args.offload and zero_stage(args) == 0:
         raise InputError("--offload moves ZeRO's shards to the CPU: it needs ZeRO stage 1, 2 or 3")
     device = deepspeed.accelerator.get_accelerator()
     supported = {"fp32": True, "bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported()}
     if not supported[args.dtype]:
         others = " or ".join(dtype for dtype in supported if supported[dtype])
         raise InputError(f"--dtype {args.dtype} is not supported on this device: use {others}")
-    zero = {"stage": args.zero_stage}
-    if args.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if args.zero_stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    names = ("offload_optimizer", *["offload_param"] * (zero_stage(args) == 3)) if args.offload else ()
     return {
         "train_micro_batch_size_per_gpu": args.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": args.dtype == "bf16"},
         "fp16": {"enabled": args.dtype == "fp16"},
-        "zero_optimization": zero,
+        "zero_optimization": {"stage": zero_stage(args), **dict.fromkeys(names, to_cpu)},
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloading too, and compiles nothing
         "steps_per_print": 1 << 30,
     }
@@ -518,48 +1180,50 @@ def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, p
     With no steps to run, what evaluates the module without room for an optimizer: at ZeRO-3 an engine, else itself.
     """
     if total_steps == 0:
-        module = module.to(process.device)
-        return deepspeed.initialize(model=module, config=config)[0] if args.zero_stage == 3 else module
-    decayed, plain = [], []
+        module = module.requires_grad_(False).to(process.device)
+        return deepspeed.initialize(model=module, config=config)[0] if zero_stage(args) == 3 else module
+    groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
     for parameter in module.parameters():
-        if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the parameter itself
-            (decayed if len(shape) > 1 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the parameter itself
+        groups[len(shape) < 2]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]  # OLMo has no norm weights
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)
     return engine
 
 
-def optimizer_step(engine, args, step: int, losses: list[torch.Tensor]) -> float:
-    """The last engine.step() of a global batch; returns the gradient's norm before clipping.
+def optimizer_step(step: int, losses: list[torch.Tensor], *engines) -> list[float]:
+    """The last step() of a global batch, of each (engine, its args); returns the gradients' norms before clipping.
 
     Stops on all ranks, with the weights as they were, where a loss or a gradient is not finite: DeepSpeed would skip
     the step in silence, or in fp32 without ZeRO write NaN into the weights.
     """
-    remedy = f"lower the learning rate ({args.learning_rate:g}), look at the data, or use --dtype bf16 or fp32"
+    rates = ", ".join(f"{args.learning_rate:g}" for _, args in engines)
+    remedy = f"lower the learning rate ({rates}), look at the data, or use --dtype bf16 or fp32"
     finite = torch.stack(losses).isfinite().all().float()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:
         raise InputError(f"step {step}: the loss is not finite, and no weight was changed by this step: {remedy}")
-    norm = None
-    if args.dtype == "fp32" and args.zero_stage == 0:  # the engine neither reports nor checks it here
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
-            raise InputError(f"step {step}: the gradient is not finite, and no weight was changed: {remedy}")
-    skipped = engine.skipped_steps
-    try:
-        engine.step()
-    except Exception as error:  # fp16 skips steps while its loss scale settles; this is where that has no end
-        if "loss scale" not in str(error):
-            raise
-        raise InputError(f"step {step}: {error} {remedy}") from error
-    if engine.skipped_steps > skipped and args.dtype != "fp16":
-        raise InputError(f"step {step}: the gradient is not finite, and DeepSpeed skipped the step: {remedy}")
-    norm = engine.get_global_grad_norm() if norm is None else norm
-    return float("nan") if norm is None else float(norm)
+    norms = {}
+    for engine, args in engines:
+        if zero_stage(args) == 0:  # the engine neither reports nor checks it here
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            norms[engine] = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norms[engine]):
+                raise InputError(f"step {step}: the gradient is not finite, and no weight was changed: {remedy}")
+    for engine, args in engines:
+        skipped = engine.skipped_steps
+        try:
+            engine.step()
+        except Exception as error:  # fp16 skips steps while its loss scale settles; this is where that has no end
+            if "loss scale" not in str(error):
+                raise
+            raise InputError(f"step {step}: {error} {remedy}") from error
+        if engine.skipped_steps > skipped and args.dtype != "fp16":
+            raise InputError(f"step {step}: the gradient is not finite, and DeepSpeed skipped the step: {remedy}")
+        norms.setdefault(engine, float(engine.get_global_grad_norm() or math.nan))
+    return list(norms.values())
 
 
 @contextlib.contextmanager
@@ -572,22 +1236,142 @@ def unsharded(engine):
     sharding = getattr(optimizer, "parameter_offload", optimizer)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         sharding._remove_module_hooks()  # they would shard each layer again behind its forward pass
-        sharding.forward_hooks.clear(), sharding.backward_hooks.clear()
+        sharding.forward_hooks.clear()
+        sharding.backward_hooks.clear()
         yield
     sharding.setup_zero_stage3_hooks()
 
 
 def save_model(engine, model, tokenizer, folder: Path, process: Process) -> None:
-    """Write a Hugging Face folder (safetensors, configuration, tokenizer) from `model`, a part of engine.module."""
+    """Write a Hugging Face folder (safetensors, configuration, tokenizer) from `model`, engine.module or a part of it."""
     prefix = next(name for name, module in engine.module.named_modules() if module is model)
     weights = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_stage() == 3 else None
-    if process.rank == 0:
-        if weights is not None:
-            weights = {name.removeprefix(prefix + "."): value for name, value in weights.items()}
+    if weights is not None:
+        weights = {name.removeprefix(f"{prefix}."): value for name, value in weights.items()}
+
+    def write() -> None:
         part = folder.with_name(folder.name + ".part")
-        for left_over in (part, folder):
-            shutil.rmtree(left_over, ignore_errors=True)
-        model.save_pretrained(part, state_dict=weights)
-        tokenizer.save_pretrained(part)
-        part.rename(folder)
-    dist.barrier()
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            model.save_pretrained(part, state_dict=weights)
+            tokenizer.save_pretrained(part)
+            part.rename(folder)
+        except Exception as error:  # OSError, and safetensors' own
+            shutil.rmtree(part, ignore_errors=True)
+            size = sum(value.numel() * value.element_size() for value in (weights or model.state_dict()).values())
+            raise InputError(f"cannot write {folder}, which takes {size / 1e9:.3g} GB: {said(error)}") from error
+
+    on_rank_0(process, write)
+
+
+# ---------------------------------------------------------------- answers and pictures
+
+
+class Sampling(transformers.LogitsProcessor):
+    """Draws the next tokens, and leaves greedy decoding no other choice.
+
+    Each row has its own random numbers (R, L), so that what it draws does not depend on the rows beside it. Tokens that
+    the tokenizer cannot name (a vocabulary padded beyond it) are never drawn.
+    """
+
+    def __init__(self, points: torch.Tensor, width: int, temperature: float, named: torch.Tensor):
+        self.points, self.width, self.temperature, self.named = points, width, temperature, named
+
+    def __call__(self, input_ids, scores):
+        scores = scores.float().masked_fill(~self.named, -math.inf) / self.temperature  # R V
+        cumulated = scores.softmax(-1).double().cumsum(-1)  # R V
+        step = input_ids.shape[1] - self.width
+        point = self.points[:, step : step + 1] * cumulated[:, -1:]  # R 1
+        drawn = torch.searchsorted(cumulated, point, right=True)  # R 1
+        return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
+
+
+@torch.no_grad()
+def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, process: Process, temperature=1.0) -> list[list[int]]:
+    """An answer to each of this rank's prompts, EOS included where it ends within its room (in tokens).
+
+    Drawn from the model's own distribution: no top-k, no top-p. An answer is a function of its prompt and its seed.
+    """
+    engine.eval()
+    answers, eos = [None] * len(prompts), tokenizer.eos_token_id
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    with unsharded(engine):
+        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
+        for rows in (order[i : i + size] for i in range(0, len(order), size)):
+            inputs = tokenizer.pad(
+                {"input_ids": [prompts[row] for row in rows]}, padding_side="left", return_tensors="pt"
+            ).to(process.device)
+            width = inputs.input_ids.shape[1]
+            length = min(max(rooms[row] for row in rows), positions - width)
+            points = torch.tensor(np.stack([np.random.default_rng(seeds[row]).random(length) for row in rows]))
+            named = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
+            named[list(tokenizer.get_vocab().values())] = True
+            sampling = Sampling(points.to(process.device), width, temperature, named.to(process.device))
+            output = model.generate(
+                **inputs, logits_processor=transformers.LogitsProcessorList([sampling]),
+                generation_config=transformers.GenerationConfig(
+                    do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=length,
+                    eos_token_id=eos, pad_token_id=tokenizer.pad_token_id,
+                ),
+            )  # R T + L
+            for row, answer in zip(rows, output[:, width:].tolist()):
+                end = answer.index(eos) + 1 if eos in answer else len(answer)
+                answers[row] = answer[: min(end, rooms[row])]
+    engine.train()
+    return answers
+
+
+def answer_prompts(engine, model, tokenizer, rows: datasets.Dataset, args, process: Process) -> None:
+    """Sample answers to the first --generate different prompts of the rows: print some, and write all."""
+    prompts = {}
+    for prompt, ids in zip(rows["prompt"], rows["prompt_ids"]):
+        if len(prompts) < args.generate:
+            prompts.setdefault(prompt, ids)
+    mine = list(prompts.values())[process.rank :: process.world_size]
+    seeds = [[args.seed, number] for number in range(process.rank, len(prompts), process.world_size)]
+    rooms = [args.max_length - len(ids) for ids in mine]
+    answers = sample(engine, model, tokenizer, mine, rooms, seeds, args.micro_batch_size, process)
+    texts = [""] * len(prompts)
+    for rank, part in enumerate(gather_objects(tokenizer.batch_decode(answers, skip_special_tokens=True))):
+        texts[rank :: process.world_size] = part
+    for prompt, answer in list(zip(prompts, texts))[:3]:
+        process.print(f"sample: {prompt!r} -> {answer!r}")
+    write_generations(list(zip(prompts, texts)), args, process)
+
+
+def write_generations(answers: list[tuple[str, str]], args, process: Process) -> None:
+    """(prompt, answer) as AlpacaEval reads them: the last file of a run."""
+    dataset = args.eval_dataset or args.dataset
+    same = {"generator": Path(args.output_dir).name, "dataset": Path(dataset).name if Path(dataset).exists() else dataset}
+    results = [
+        {"instruction": prompt.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant: "), "output": answer, **same}
+        for prompt, answer in answers
+    ]
+    if process.rank == 0:
+        result = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+        write_file(Path(args.output_dir) / "generations.json", result)
+
+
+def plot_margins(lines: list[dict], args, path: Path) -> None:
+    """Margin and bound of each held-out pair against its similarity, and the margins' histogram."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = sorted(lines, key=lambda line: line["similarity"])
+    similarity, margin = (np.array([line[name] for line in lines]) for name in ("similarity", "margin"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, width_ratios=(2, 1), layout="constrained")
+    left.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0, label="margin")
+    if args.constraint != "none":
+        style = "." if args.constraint == "random" else "-"
+        left.plot(similarity, [line["bound"] for line in lines], style, markersize=3, color="C3", label="bound δ*")
+    left.axhline(0, color="0.6", linewidth=0.8)
+    left.legend()
+    kind = "cosine, angular" if args.constraint == "cos_sim" else "length ratio"
+    left.set(xlabel=f"similarity s ({kind})", ylabel="margin", title=f"{args.constraint}: held-out pairs")
+    left.set_ylim(margin.min() - 0.5, max(margin.max(), 6) * 1.6)
+    right.hist(margin, bins=40, orientation="horizontal")
+    right.set(xlabel="pairs", title=f"largest margin {margin.max():.1f}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -8,13 +8,12 @@ responses of a pair are nearly the same. PCRM bounds each pair's margin by a pri
     bound       δ* = β1 / (s + β2) + β3, a constant for the gradient          margin_bound
     loss        L  = -log σ(m) - log σ(δ* - m)                                constrained_ranking_loss
 
-L is convex and symmetric around its minimum at m = δ*/2: a margin is pushed towards half of its bound, weakly where
+L is one function used twice, `ranking_loss(m) + ranking_loss(δ* - m)`. It is convex and symmetric around its minimum at m = δ*/2: a margin is pushed towards half of its bound, weakly where
 the responses differ (δ* is large, and the second term nearly zero) and strongly where they are alike.
 
 This file needs torch alone (`encode_texts` also transformers) and nothing else of this repository: copy it anywhere.
 Similarities and bounds belong to the data, not to the step: compute them once, before training, and keep them in the
-pair's own row. Their values are checked here, where they are made; the loss checks shapes only, so that it never
-makes a GPU wait.
+pair's own row. Their values are checked where they are made; the loss checks shapes only and never makes a GPU wait.
 
 Symbols in the shapes: B pairs, H width of an embedding, N texts.
 """
@@ -115,6 +114,19 @@ def random_bound(count: int, low: float, high: float, seed: int) -> torch.Tensor
     return low + (high - low) * torch.rand(count, generator=generator)  # B
 
 
+def ranking_loss(margin: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """-log σ(m), the ranking loss. With ε = label_smoothing, the share of labels taken to be wrong, in [0, 0.5]:
+    -(1-ε) log σ(m) - ε log σ(-m).
+
+    Returns:
+        The loss of each element, in margin's shape and finite for every finite margin: average it yourself.
+    """
+    if not 0 <= label_smoothing <= 0.5:
+        raise ValueError(f"label_smoothing is the share of wrong labels, between 0 and 0.5, not {label_smoothing}")
+    loss = -(1 - label_smoothing) * F.logsigmoid(margin)
+    return loss - label_smoothing * F.logsigmoid(-margin) if label_smoothing else loss
+
+
 def constrained_ranking_loss(
     margin: torch.Tensor, bound: torch.Tensor | None = None, label_smoothing: float = 0.0
 ) -> torch.Tensor:
@@ -123,25 +135,16 @@ def constrained_ranking_loss(
     Args:
         margin: any shape, m: the chosen response's score minus the rejected one's (DPO: its z).
         bound: the same shape, δ*; no gradient flows into it.
-        label_smoothing: ε, the share of labels taken to be wrong. Each term is mixed with its mirror image,
-            (1-ε) · -log σ(m) + ε · -log σ(-m), and likewise with δ* - m.
+        label_smoothing: ε of `ranking_loss`, in both terms.
     Returns:
         The loss of each element, in margin's shape: average it yourself. Finite for every finite margin.
     Raises:
         ValueError: shapes that differ, or label_smoothing outside [0, 0.5].
     """
-    if not 0 <= label_smoothing <= 0.5:
-        raise ValueError(f"label_smoothing is the share of wrong labels, between 0 and 0.5, not {label_smoothing}")
-    loss = -(1 - label_smoothing) * F.logsigmoid(margin)
-    if label_smoothing:
-        loss = loss - label_smoothing * F.logsigmoid(-margin)
-    if bound is not None:
-        _same_shape(margin=margin, bound=bound)
-        slack = bound.detach() - margin
-        loss = loss - (1 - label_smoothing) * F.logsigmoid(slack)
-        if label_smoothing:
-            loss = loss - label_smoothing * F.logsigmoid(-slack)
-    return loss
+    if bound is None:
+        return ranking_loss(margin, label_smoothing)
+    _same_shape(margin=margin, bound=bound)
+    return ranking_loss(margin, label_smoothing) + ranking_loss(bound.detach() - margin, label_smoothing)
 
 
 @torch.inference_mode()
@@ -157,14 +160,14 @@ def encode_texts(
         texts: N strings; for a response's similarity, prompt and response joined.
         encoder: a folder or Hub id that `AutoModel` loads, such as "google-bert/bert-base-uncased".
         pooling: "cls", the last hidden state of the first token (the paper's), or "mean" over the text's tokens.
-        max_length: in tokens, special ones included. Longer texts lose their beginning, since the responses of a pair
-            differ at the end; fewer if the tokenizer says that the encoder takes fewer.
+        max_length: in tokens, special ones included; fewer where the encoder takes fewer. Longer texts lose their
+            beginning, since the responses of a pair differ at the end.
         batch_tokens: how many tokens, padding included, one batch may hold.
         progress: wraps the list of batches, for a progress bar, such as `tqdm.tqdm`.
     Returns:
         (N, H) fp32 on the CPU.
     Raises:
-        ValueError: another pooling. What transformers raises where the encoder cannot be loaded.
+        ValueError: another pooling, or "cls" with a causal encoder. What transformers raises if it cannot be loaded.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -173,30 +176,32 @@ def encode_texts(
     tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=trust_remote_code, truncation_side="left")
     model = AutoModel.from_pretrained(encoder, trust_remote_code=trust_remote_code, use_safetensors=True)
     model = model.to(device).eval()
-    max_length = min(max_length, tokenizer.model_max_length)
-    pad_token_id = tokenizer.pad_token_id or 0  # any token does: padding is masked
-
+    max_length = min(
+        max_length, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or max_length
+    )
     unique = list(dict.fromkeys(texts))
     ids = tokenizer(unique, truncation=True, max_length=max_length).input_ids if unique else []
-    batches, order = [], sorted(range(len(unique)), key=lambda i: len(ids[i]), reverse=True)
-    while order:  # the longest first: a lack of memory shows at once
-        size = max(1, batch_tokens // max(1, len(ids[order[0]])))
-        batches, order = [*batches, order[:size]], order[size:]
+    order = sorted(range(len(unique)), key=lambda i: -len(ids[i]))  # the longest first: a lack of memory shows at once
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, len(ids[order[start]])))
+        batches.append(order[start : start + size])
+        start += size
 
-    embeddings = torch.empty(len(unique), model.config.hidden_size)  # N H
+    embeddings = {}  # text: H
     for batch in progress(batches):
-        rows = [torch.tensor(ids[i]) for i in batch]
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, True, pad_token_id).to(device)  # B T
-        lengths = torch.tensor([len(row) for row in rows], device=device)  # B
-        is_text = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]  # B T
+        rows = [torch.tensor(ids[i], device=device) for i in batch]
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.pad_token_id or 0)  # B T; padding is masked
+        lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]  # B 1
+        is_text = torch.arange(input_ids.shape[1], device=device) < lengths  # B T
         hidden = model(input_ids=input_ids, attention_mask=is_text.long()).last_hidden_state.float()  # B T H
-        if pooling == "cls":
-            pooled = hidden[:, 0]  # B H
-        else:
-            pooled = (hidden * is_text[..., None]).sum(1) / lengths[:, None]  # B H
-        embeddings[batch] = pooled.cpu()
-    position = {text: i for i, text in enumerate(unique)}
-    return embeddings[[position[text] for text in texts]]
+        if pooling == "cls" and not embeddings and input_ids.shape[1] > 1:
+            alone = model(input_ids=input_ids[:1, :1]).last_hidden_state.float()  # 1 1 H
+            if torch.allclose(alone, hidden[:1, :1], rtol=1e-3, atol=1e-5):
+                raise ValueError("this encoder is causal, its first token sees only itself: pooling must be 'mean'")
+        pooled = hidden[:, 0] if pooling == "cls" else (hidden * is_text[..., None]).sum(1) / lengths  # B H
+        embeddings |= zip([unique[i] for i in batch], pooled.cpu())
+    return torch.stack([embeddings[text] for text in texts]) if texts else torch.empty(0, model.config.hidden_size)
 
 
 def _same_shape(**tensors: torch.Tensor) -> None:

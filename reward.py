@@ -14,32 +14,27 @@ Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, eval.jsonl (a l
 model/, which `AutoModelForSequenceClassification.from_pretrained` loads.
 Left out of the authors' method: their token-wise loss. Here r(x, y) is the score at the last token, EOS.
 
-Symbols in the shapes: B pairs of a micro batch, R rows, T tokens of a row, H hidden size, n pairs of a data set.
+Symbols in the shapes: B pairs of a micro batch, R rows, T tokens of a row, n pairs of a data set.
 """
 
+import common  # first: it sets what torch reads when it is loaded
+
 import functools
-import hashlib
-import inspect
 import json
 import math
-import time
+import os
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
-import transformers
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import spearmanr
 from tqdm import tqdm
 
-import common
 from priors import (
-    constrained_ranking_loss, cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound
+    cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound, ranking_loss
 )
 
 
@@ -60,65 +55,44 @@ class Args:
     dataset: str = str(common.DATA / "preference_train.jsonl")
     """Pairs to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
     eval_dataset: str = str(common.DATA / "preference_eval.jsonl")
-    """Held-out pairs; empty: min(500, 10 %) of --dataset, drawn by --seed."""
+    """Held-out pairs; empty: those of prompts drawn by --seed, min(500, 10 %) of --dataset."""
     ranked_dataset: str = str(common.DATA / "ranked_eval.jsonl")
     """Ranked responses (columns prompt, responses, scores) for rank correlation; empty: none."""
-    output_dir: str = ""
-    """Where results go; empty: runs/reward-<constraint>-<time>."""
-    overwrite: bool = False
-    """Replace the finished run in --output_dir."""
+    output_dir: str = ""  # Where results go; empty: runs/reward-<constraint>-<time>.
+    overwrite: bool = False  # Replace the finished run in --output_dir.
 
-    beta1: float = 20.0
-    """β1 of the bound: how fast it loosens as the responses differ."""
-    beta2: float = 0.001
-    """β2 of the bound: keeps the fraction finite."""
-    beta3: float = -15.0
-    """β3 of the bound: moves its floor δ*(1)."""
-    fixed_bound: float = 4.5
-    """The bound of every pair with --constraint fixed."""
-    random_low: float = 4.0
-    """Lower end of the bounds drawn with --constraint random."""
-    random_high: float = 5.0
-    """Upper end of the bounds drawn with --constraint random."""
+    beta1: float = 20.0  # β1 of the bound: how fast it loosens as the responses differ.
+    beta2: float = 0.001  # β2 of the bound: keeps the fraction finite.
+    beta3: float = -15.0  # β3 of the bound: moves its floor δ*(1).
+    fixed_bound: float = 4.5  # The bound of every pair with --constraint fixed.
+    random_low: float = 4.0  # Lower end of the bounds drawn with --constraint random.
+    random_high: float = 5.0  # Upper end of the bounds drawn with --constraint random.
     encoder: str = ""
     """Folder or Hub id of the text encoder of --constraint cos_sim; empty: the starting model's hidden states."""
     encoder_pooling: Literal["cls", "mean"] = "mean"
     """A text's embedding: the encoder's last hidden state at the first token, or the mean over all tokens."""
 
-    max_length: int = 256
-    """Tokens of prompt + response + EOS; pairs with a longer side are dropped and counted."""
-    learning_rate: float = 1e-3
-    """Peak learning rate; cosine to 0."""
-    weight_decay: float = 0.1
-    """AdamW's, on everything but biases and norm weights."""
-    epochs: int = 5
-    """Passes over the data; 0: evaluate only."""
-    max_steps: int = 0
-    """Optimizer steps at most; 0: no limit."""
+    max_length: int = 256  # Tokens of prompt + response + EOS; pairs with a longer side are dropped and counted.
+    learning_rate: float = 1e-3  # Peak learning rate; cosine to 0.
+    weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
+    epochs: int = 5  # Passes over the data; 0: evaluate only.
+    max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32
     """Pairs per rank and forward pass, at most: cut down to a rank's share of the global batch."""
-    global_batch_size: int = 32
-    """Pairs per optimizer step, over all ranks and accumulated micro batches."""
+    global_batch_size: int = 32  # Pairs per optimizer step, over all ranks and accumulated micro batches.
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights."""
-    offload: bool = False
-    """Keep optimizer states (ZeRO-3: weights too) in CPU memory."""
+    """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
+    offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of weights and activations; bf16 and fp16 keep fp32 master weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    warmup_steps: int = 0
-    """Optimizer steps of linear warm-up."""
-    seed: int = 42
-    """Of the held-out split, the order of the pairs, random bounds and the new score head."""
-    log_every: int = 10
-    """Optimizer steps between lines of metrics; the first step always has one."""
-    eval_every: int = 0
-    """Optimizer steps between evaluations; 0: only before and after training."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with a model."""
-    local_rank: int = -1
-    """Given by the launcher, which also sets the LOCAL_RANK that is used."""
+    warmup_steps: int = 0  # Optimizer steps of linear warm-up.
+    seed: int = 42  # Of the held-out split, the order of the pairs, random bounds and the new score head.
+    log_every: int = 10  # Optimizer steps between lines of metrics; the first step always has one.
+    eval_every: int = 0  # Optimizer steps between evaluations; 0: only before and after training.
+    trust_remote_code: bool = False  # Run Python code that comes with a model.
+    local_rank: int = -1  # Given by the launcher, which also sets the LOCAL_RANK that is used.
 
 
 # The paper's settings; the embedded task's are the defaults above.
@@ -144,318 +118,98 @@ BETAS = {
     ("tldr", "cos_sim"): dict(beta1=30.0, beta2=0.001, beta3=-25.0),
     ("tldr", "len_rat"): dict(beta1=10.0, beta2=0.001, beta3=-5.0),
 }
+OUTPUTS = ("margins.png", "eval.jsonl")
 
 
 def preset(task: str, constraint: str) -> dict:
-    return TASKS.get(task, {}) | BETAS.get((task, constraint), {})
+    return TASKS[task] | BETAS.get((task, constraint), {})
 
 
 # ---------------------------------------------------------------- data
 
 
-@dataclass
-class Pair:
-    """A row of the data: two responses to one prompt, as text and as tokens, and how alike they are."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    chosen_ids: np.ndarray = None  # int32: (BOS,) prompt, response, EOS
-    rejected_ids: np.ndarray = None
-    prefix: int = 0  # tokens that the two sequences begin with alike; what follows are the two branches
-    similarity: float = math.nan
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of the shared row [prefix | chosen | rejected]."""
-        return len(self.chosen_ids) + len(self.rejected_ids) - self.prefix
-
-    @property
-    def branch_lengths(self) -> tuple[int, int]:
-        return len(self.chosen_ids) - self.prefix, len(self.rejected_ids) - self.prefix
+def encode_pair(row: dict, tokenizer, max_length: int) -> dict:
+    """The columns of a pair: texts, tokens, and how many of them the two sequences begin with alike (prefix)."""
+    prompt, chosen, rejected = common.preference_of(row)
+    prompt_ids, chosen_ids, rejected_ids = common.tokenize(tokenizer, prompt, chosen, rejected)
+    if chosen == rejected or chosen_ids == rejected_ids:
+        raise common.Unusable("identical responses")
+    chosen_ids, rejected_ids = prompt_ids + chosen_ids, prompt_ids + rejected_ids
+    if max(len(chosen_ids), len(rejected_ids)) > max_length:
+        raise common.Unusable(f"longer than --max_length {max_length}")  # Upstream: truncated
+    prefix = len(os.path.commonprefix([chosen_ids, rejected_ids]))
+    prefix = min(prefix, len(chosen_ids) - 1, len(rejected_ids) - 1)  # each has a token of its own
+    return dict(
+        prompt=prompt, chosen=chosen, rejected=rejected, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
+        prefix=prefix, row_length=len(chosen_ids) + len(rejected_ids) - prefix,
+    )
 
 
-def parse_pair(row: dict, where: str) -> tuple[str, str, str] | str:
-    """(prompt, chosen, rejected) of a row in any known format, or the reason why it cannot be used."""
-    if {"prompt", "chosen", "rejected"} <= row.keys():
-        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    elif {"instruction", "output_1", "output_2", "preference"} <= row.keys():
-        instruction, extra = row["instruction"], row.get("input") or ""
-        check_text(where, instruction=instruction, input=extra)
-        outputs, preference = (row["output_1"], row["output_2"]), row["preference"]
-        if preference not in (0, 1, 2):
-            raise common.InputError(f"{where}: preference is {preference!r}, but must be 1, 2 or 0 (a tie)")
-        if preference == 0:
-            return "tie"
-        chosen, rejected = outputs if preference == 1 else outputs[::-1]
-        if instruction is None:
-            return "missing text"
-        question = instruction if instruction.endswith(extra) else instruction + extra
-        prompt = f"\n\nHuman: {question}\n\nAssistant: "
-    elif {"info", "summaries", "choice"} <= row.keys():
-        choice, two = row["choice"], [s.get("text") for s in row["summaries"] or () if isinstance(s, dict)]
-        if choice not in (0, 1) or len(two) != 2 or not isinstance(row["info"], dict):
-            raise common.InputError(f"{where}: info must hold a post, choice (here {choice!r}) be 0 or 1 of 2 texts")
-        post, chosen, rejected = row["info"].get("post"), two[int(choice)], two[1 - int(choice)]
-        check_text(where, post=post)
-        if post is None:  # a news article, not from Reddit
-            return "missing text"
-        task = "Your task is to generate a short summary of a post."
-        prompt = f"\n\nHuman: {task}\n\nPost: {post}\n\nSummary: \n\nAssistant: "
-    else:
-        raise common.InputError(
-            f"{where}: the columns are {', '.join(row)}, but must be prompt/chosen/rejected, or "
-            "instruction/input/output_1/output_2/preference, or info/summaries/choice"
-        )
-    check_text(where, prompt=prompt, chosen=chosen, rejected=rejected)
-    if prompt is None or chosen is None or rejected is None:
-        return "missing text"
-    if not chosen.strip() or not rejected.strip():
-        return "empty response"
-    if chosen == rejected:
-        return "identical responses"
-    return prompt, chosen, rejected
-
-
-def check_text(where: str, **values) -> None:
-    for name, value in values.items():
-        if value is not None and not isinstance(value, str):
-            raise common.InputError(f"{where}: {name} is {value!r}, but must be text")
-
-
-def tokenize(pairs: list[Pair], tokenizer, max_length: int, dropped: Counter) -> list[Pair]:
-    """Fill in the tokens: (BOS,) prompt, response, EOS, each tokenized apart, as generation will see them.
-
-    Returns the pairs that fit; the others are counted in `dropped` by reason.
-    """
-    # BOS only where the tokenizer itself begins a text with it.
-    bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
-    eos = [tokenizer.eos_token_id]
-    texts = [text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
-    ids = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-    kept = []
-    for pair, prompt, chosen, rejected in zip(pairs, ids[0::3], ids[1::3], ids[2::3], strict=True):
-        prompt = prompt if prompt[:1] == bos else bos + prompt  # neither BOS nor EOS twice
-        chosen, rejected = (response if response[-1:] == eos else response + eos for response in (chosen, rejected))
-        pair.chosen_ids = np.array(prompt + chosen, np.int32)
-        pair.rejected_ids = np.array(prompt + rejected, np.int32)
-        shorter = min(len(pair.chosen_ids), len(pair.rejected_ids))
-        differs = np.flatnonzero(pair.chosen_ids[:shorter] != pair.rejected_ids[:shorter])
-        pair.prefix = int(differs[0]) if len(differs) else shorter - 1
-        if chosen == rejected:
-            dropped["identical responses"] += 1
-        elif max(len(pair.chosen_ids), len(pair.rejected_ids)) > max_length:
-            dropped[f"longer than --max_length {max_length}"] += 1  # Upstream: truncated
-        else:
-            kept.append(pair)
-    return kept
-
-
-def read_pairs(flag: str, name: str, split: str, tokenizer, args: Args, process: common.Process) -> list[Pair]:
-    """The usable pairs of a data set with their tokens; the others are counted by reason."""
-    pairs, chunk, dropped = [], [], Counter()
-    rows = common.read_rows(flag, name, split)
-    for number, row in enumerate(rows, 1):
-        parsed = parse_pair(row, f"{flag} {name}, row {number}")
-        if isinstance(parsed, str):
-            dropped[parsed] += 1
-        else:
-            chunk.append(Pair(*parsed))
-        if len(chunk) == 1000 or number == len(rows):  # in chunks: a tokenizer's lists take much more room than arrays
-            pairs += tokenize(chunk, tokenizer, args.max_length, dropped)
-            chunk = []
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    if not pairs:
-        raise common.InputError(f"{flag} {name}: no usable pair is left ({reasons})")
-    process.print(f"{flag}: {len(pairs)} pairs" + (f"; dropped {dropped.total()}: {reasons}" if dropped else ""))
-    return pairs
-
-
-def load_pairs(args: Args, tokenizer, process: common.Process) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on, none with --epochs 0, and held-out pairs."""
-    pairs = []
-    if args.epochs or not args.eval_dataset:
-        pairs = read_pairs("--dataset", args.dataset, "train", tokenizer, args, process)
-    if args.eval_dataset:
-        return pairs, read_pairs("--eval_dataset", args.eval_dataset, "test", tokenizer, args, process)
-    order = np.random.default_rng(args.seed).permutation(len(pairs))
-    count = min(500, math.ceil(len(pairs) / 10))
-    return [pairs[i] for i in order[count:] if args.epochs], [pairs[i] for i in order[:count]]
-
-
-def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: steps x size row numbers, a function of (seed, epoch) and the data alone.
-
-    Like lengths come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the batches
-    are shuffled. A global batch is then cut to ranks and micro batches, so their number changes nothing.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    order = order[: len(order) // size * size]  # the incomplete batch is dropped before sorting, else the longest were
-    windows = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]
-    order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
-    return rng.permutation(order.reshape(-1, size))
-
-
-def collate(pairs: list[Pair], pad_token_id: int, share_prefix: bool, device: torch.device) -> dict[str, torch.Tensor]:
-    """Model inputs for B pairs, and where their last tokens are.
-
-    With a shared prefix, R = B rows [prefix | chosen | rejected]: rejected does not see chosen, and its positions
-    restart after the prefix. Without, R = 2B rows, padded on the right; causal attention then needs no mask at all.
-    The cheaper form is taken, by the tokens that the model would have to read.
-
-    Returns:
-        input_ids (R, T); ends (2, B), the index of each last token in the flattened (R * T) rows, chosen first; if
-        shared also position_ids (R, T) and attention_mask (R, 1, T, T), True where a query sees a key.
-    """
-    width = max(max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
-    shared_width = max(p.row_length for p in pairs)
-    if not share_prefix or 2 * width <= shared_width:
-        rows = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
-        input_ids = np.full((len(rows), width), pad_token_id)  # R T
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = row
-        ends = np.array([i * width + len(row) - 1 for i, row in enumerate(rows)]).reshape(2, -1)  # 2 B
-        return {"input_ids": torch.tensor(input_ids, device=device), "ends": torch.tensor(ends, device=device)}
-
-    input_ids, positions, branch = np.zeros((3, len(pairs), shared_width), np.int64)  # each R T
-    input_ids[:] = pad_token_id
-    branch[:] = -1  # padding; 0 is the prefix, 1 chosen, 2 rejected
-    ends = np.empty((2, len(pairs)), np.int64)  # 2 B
-    for i, p in enumerate(pairs):
-        middle, end = len(p.chosen_ids), p.row_length
-        input_ids[i, :middle], input_ids[i, middle:end] = p.chosen_ids, p.rejected_ids[p.prefix :]
-        positions[i, :middle], positions[i, middle:end] = np.arange(middle), np.arange(p.prefix, len(p.rejected_ids))
-        branch[i, : p.prefix], branch[i, p.prefix : middle], branch[i, middle:end] = 0, 1, 2
-        ends[:, i] = i * shared_width + middle - 1, i * shared_width + end - 1
-    branch = torch.tensor(branch, device=device)
-    visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # R T T
-    return {
-        "input_ids": torch.tensor(input_ids, device=device),
-        "ends": torch.tensor(ends, device=device),
-        "position_ids": torch.tensor(positions, device=device),
-        "attention_mask": visible.tril()[:, None],  # R 1 T T
-    }
-
-
-def can_share_prefix(model, max_length: int) -> bool:
-    """Whether the model attends by the mask and the positions that it is given, and by nothing else."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) or max_length
-    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
-    recurrent = getattr(model, "_is_stateful", False) or not kinds <= {"full_attention", "sliding_attention"}
-    return takes_positions and not recurrent and not getattr(config, "alibi", False) and window >= max_length
+def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> dict[str, torch.Tensor]:
+    """Inputs for B pairs (see common.collate_pairs); the head sees each response's last token, EOS: chosen, rejected."""
+    inputs, labels, branch, _ = common.collate_pairs(batch, pad_token_id, share_prefix, dtype, device)
+    return inputs | {"logits_to_keep": (labels == common.NO_LABEL) & (branch >= 0)}  # R T, 2 B of them True
 
 
 # ---------------------------------------------------------------- prior
 
 
-def similarities(pairs: list[Pair], args: Args, process: common.Process) -> torch.Tensor:
+def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     """How alike the responses of each pair are, (n,) in (0, 1]: once, before training, cached on disk by content."""
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
-        return length_ratio(*torch.tensor([p.branch_lengths for p in pairs]).unbind(1))
-    encoder = args.encoder or args.model
-    texts = [p.prompt + response for p in pairs for response in (p.chosen, p.rejected)]  # 2n, in turn
-    try:
-        content = [model_version(encoder, args.trust_remote_code), args.encoder_pooling, texts]
-        name = hashlib.sha256(json.dumps(content).encode()).hexdigest() + ".npy"
-        cached = common.cache_root() / "similarity" / name
-        found = common.on_rank_0(process, lambda: np.load(cached) if cached.exists() else None)
-        if found is not None:
-            return torch.from_numpy(found)
-        own = [text for i, text in enumerate(texts) if i // 2 % process.world_size == process.rank]
+        lengths = zip(pairs["chosen_ids"], pairs["rejected_ids"], pairs["prefix"])
+        return length_ratio(*torch.tensor([(len(c) - prefix, len(r) - prefix) for c, r, prefix in lengths]).T)
+    texts = [prompt + r for prompt, *both in zip(pairs["prompt"], pairs["chosen"], pairs["rejected"]) for r in both]
+
+    def content() -> list:
+        return [common.model_version(args.encoder), args.encoder_pooling, texts]
+
+    def compute() -> torch.Tensor:
+        mine = [text for i, text in enumerate(texts) if i // 2 % process.world_size == process.rank]
         progress = functools.partial(tqdm, desc="similarity", unit="batch", mininterval=2, disable=process.rank > 0)
         embeddings = encode_texts(
-            own, encoder, args.encoder_pooling, device=process.device, trust_remote_code=args.trust_remote_code,
-            progress=progress,
+            mine, args.encoder, args.encoder_pooling, device=process.device, progress=progress,
+            trust_remote_code=args.trust_remote_code,
         )
-        own_similarity = cosine_similarity(embeddings[0::2], embeddings[1::2])  # n / ranks
+        similarity = torch.empty(len(pairs))  # n
+        for rank, part in enumerate(common.gather_objects(cosine_similarity(embeddings[0::2], embeddings[1::2]))):
+            similarity[rank :: process.world_size] = part
+        return similarity
+
+    try:
+        return common.cached("similarity", content, compute, process)
     except common.InputError:
         raise
     except Exception as error:  # of the encoder's loading, by what is missing, and of its embeddings
-        raise common.model_error("encoder", encoder, error) from error
-    parts = [None] * process.world_size
-    dist.all_gather_object(parts, own_similarity)
-    similarity = torch.empty(len(pairs))  # n
-    for rank, part in enumerate(parts):
-        similarity[rank :: process.world_size] = part
-    common.on_rank_0(process, lambda: common.save_array(cached, similarity.numpy()))
-    return similarity
+        raise common.model_error("encoder", args.encoder, error) from error
 
 
-@functools.cache
-def model_version(path: str, trust_remote_code: bool) -> str:
-    """What changes when the model does: the Hub's commit, or a digest of the folder's files."""
-    if not Path(path).is_dir():
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return f"{path}@{config._commit_hash}"
-    digest = hashlib.sha256()
-    for path in sorted(Path(path).iterdir()):
-        if path.suffix in (".safetensors", ".json", ".txt", ".model"):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def pair_bounds(pairs: list[Pair], args: Args, epoch: int) -> torch.Tensor | None:
-    """The bound δ* of each pair, (n,), or None. A random one is a function of (seed, epoch, row)."""
+def pair_bounds(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Tensor:
+    """The bound δ* of each pair, (n,); NaN where there is none. A random one is a function of (seed, epoch, row)."""
     try:
         if args.constraint == "random":
             seed = int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0])
-            return random_bound(len(pairs), args.random_low, args.random_high, seed)
+            return random_bound(len(similarity), args.random_low, args.random_high, seed)
         if args.constraint == "fixed":
-            return fixed_bound(len(pairs), args.fixed_bound)
+            return fixed_bound(len(similarity), args.fixed_bound)
         if args.constraint in ("len_rat", "cos_sim"):
-            similarity = torch.tensor([p.similarity for p in pairs])
             return margin_bound(similarity, args.beta1, args.beta2, args.beta3)
     except ValueError as error:
         raise common.InputError(f"--constraint {args.constraint}: {error}") from error
-    return None
+    return torch.full_like(similarity, math.nan)
 
 
-# ---------------------------------------------------------------- model and metrics
+# ---------------------------------------------------------------- metrics
 
 
-class Scorer(torch.nn.Module):
-    """The sequence classifier, but its head sees the last token of each sequence only."""
-
-    def __init__(self, classifier):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, input_ids, ends, **attention) -> torch.Tensor:
-        outputs = self.classifier.base_model(input_ids=input_ids, use_cache=False, **attention)
-        ends_hidden = outputs.last_hidden_state.flatten(0, 1)[ends]  # R*T H -> 2 B H
-        return self.classifier.score(ends_hidden).squeeze(-1).float()  # 2 B
-
-
-def load_reward_model(args: Args, tokenizer, config: dict):
-    """A sequence classifier with one label. A new head is drawn from the seed, alike on all ranks and ZeRO stages."""
-    model, info = common.load_model(
-        transformers.AutoModelForSequenceClassification, args.model, args, config,
-        num_labels=1, problem_type="regression", pad_token_id=tokenizer.pad_token_id,
-    )
-    missing = set(info["missing_keys"])
-    if not hasattr(model, "score") or missing - {"score.weight"}:
-        raise common.InputError(f"--model {args.model}: not a decoder with a `score` head; missing {sorted(missing)}")
-    if missing:
-        if args.epochs == 0:
-            raise common.InputError(f"--model {args.model} is no reward model, but --epochs 0 evaluates one")
-        with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
-            head = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(args.seed))
-            model.score.weight.data.copy_(head * model.config.get_text_config().initializer_range)
-    return model
-
-
-def pair_metrics(chosen, rejected, bound, loss, rank_loss) -> dict[str, float | None]:
+def pair_metrics(chosen, rejected, bound, rank_loss, constraint_loss) -> dict[str, float | None]:
     """The public metrics of some pairs, from their scores, bounds (NaN: none) and losses, each of shape (n,)."""
     margin = chosen - rejected
     bounded = not bound.isnan().any()
     return {
-        "loss": loss.mean().item(),
+        "loss": (rank_loss + constraint_loss).mean().item(),
         "rank_loss": rank_loss.mean().item(),
-        "constraint_loss": (loss - rank_loss).mean().item() if bounded else None,
+        "constraint_loss": constraint_loss.mean().item() if bounded else None,
         "accuracy": (margin > 0).float().mean().item(),
         "margin_mean": margin.mean().item(),
         "margin_std": margin.std(correction=0).item(),
@@ -468,203 +222,121 @@ def pair_metrics(chosen, rejected, bound, loss, rank_loss) -> dict[str, float | 
     }
 
 
-@torch.no_grad()
-def score_pairs(engine, pairs: list[Pair], args: Args, collator, process: common.Process) -> torch.Tensor:
-    """Scores of all pairs, (2, n) fp32 on the CPU of every rank: chosen, rejected."""
-    engine.eval()
-    order = np.argsort([-p.row_length for p in pairs], kind="stable")
-    batches = [order[i : i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
-    scores = torch.zeros(2, len(pairs), device=process.device)
-    for start in range(0, len(batches), process.world_size):
-        own = start + process.rank  # at ZeRO-3 each rank must run equally many batches: the last ones may idle
-        rows = batches[min(own, len(batches) - 1)]
-        result = engine(**collator([pairs[i] for i in rows]))  # 2 B
-        if own < len(batches):
-            scores[:, torch.as_tensor(rows, device=process.device)] = result
-    dist.all_reduce(scores)
-    engine.train()
-    if not scores.isfinite().all():
-        raise common.InputError("evaluation: a score is not finite; the model has diverged or its weights are broken")
-    return scores.cpu()
+def evaluate(engine, pairs, similarity, ranked, args: Args, collator, process) -> tuple[dict, list[dict]]:
+    """Metrics over all held-out pairs, and a line per pair. ranked: see common.load_ranked."""
 
+    def scores(batch: dict) -> torch.Tensor:
+        return engine(**collator(batch)).logits.view(-1, 2)  # B 2
 
-def evaluate(engine, pairs, ranked, args, collator, process) -> tuple[dict, list[dict]]:
-    """Metrics over all held-out pairs, and a line per pair."""
-    chosen, rejected = score_pairs(engine, pairs, args, collator, process)  # n, n
-    margin = chosen - rejected
-    bound = pair_bounds(pairs, args, epoch=0)  # n
-    loss, rank_loss = constrained_ranking_loss(margin, bound), constrained_ranking_loss(margin)
-    bound = torch.full_like(margin, math.nan) if bound is None else bound
-    metrics = pair_metrics(chosen, rejected, bound, loss, rank_loss)
-    similarity = torch.tensor([p.similarity for p in pairs])
-    longer = np.sign([len(p.chosen_ids) - len(p.rejected_ids) for p in pairs])
+    chosen, rejected = common.over_rows(engine, scores, pairs, args, process).T  # n, n
+    margin, bound = chosen - rejected, pair_bounds(similarity, args)  # n, n
+    rank_loss = ranking_loss(margin)
+    constraint_loss = 0 * margin
+    if args.constraint != "none":
+        constraint_loss = ranking_loss(bound - margin)
+    metrics = pair_metrics(chosen, rejected, bound, rank_loss, constraint_loss)
+    longer = np.sign([len(c) - len(r) for c, r in zip(pairs["chosen_ids"], pairs["rejected_ids"])])
     metrics["length_accuracy"] = float((longer + 1).mean() / 2)  # a tie counts half
-    metrics |= {"ranked_spearman": None, "ranked_kendall": None}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*constant.*")  # then the correlation is NaN, written as null
+        warnings.filterwarnings("ignore", message=".*(constant|empty).*")  # then the correlation is NaN, written null
         metrics["spearman_similarity"] = float(spearmanr(margin, similarity).statistic)
-        if ranked:
-            ranked_pairs = [pair for prompt_pairs, _ in ranked for pair in prompt_pairs]
-            scores = iter(score_pairs(engine, ranked_pairs, args, collator, process).T.tolist())  # two at a time
-            own = [[score for _ in prompt_pairs for score in next(scores)] for prompt_pairs, _ in ranked]
-            for name, correlation in (("spearman", spearmanr), ("kendall", kendalltau)):
-                each = [correlation(mine[: len(human)], human).statistic for mine, (_, human) in zip(own, ranked)]
-                metrics[f"ranked_{name}"] = float(np.nanmean(each))
+    rows, human = ranked
+    own = common.over_rows(engine, scores, rows, args, process)[:, 0].tolist() if human else []
+    metrics |= common.rank_correlations(own, human)
     columns = dict(chosen_score=chosen, rejected_score=rejected, margin=margin, similarity=similarity, bound=bound)
-    lines = [dict(zip(columns, values)) for values in zip(*(c.tolist() for c in columns.values()))]
+    lines = [dict(zip(columns, values)) for values in zip(*(column.tolist() for column in columns.values()))]
     return metrics, lines
-
-
-def read_ranked(args: Args, tokenizer, process: common.Process) -> list[tuple[list[Pair], list[float]]]:
-    """For each prompt with more than two responses: the responses, two by two as pairs, and their human scores."""
-    if not args.ranked_dataset:
-        return []
-    ranked, flag = [], "--ranked_dataset"
-    rows = common.read_rows(flag, args.ranked_dataset, "test")
-    for number, row in enumerate(rows, 1):
-        where = f"{flag} {args.ranked_dataset}, row {number}"
-        if not {"prompt", "responses", "scores"} <= row.keys():
-            raise common.InputError(f"{where}: the columns are {', '.join(row)}, but must be prompt/responses/scores")
-        prompt, *lists = row["prompt"], row["responses"], row["scores"]
-        responses, scores = (list(values) if isinstance(values, list) else [None] for values in lists)
-        numbers = [isinstance(score, int | float) and math.isfinite(score) for score in scores]
-        strings = [isinstance(text, str) for text in (prompt, *responses)]
-        if not all(numbers + strings) or len(responses) != len(scores):
-            raise common.InputError(f"{where}: prompt must be text, responses a list of texts, scores a number each")
-        padded = responses + responses[:1] * (len(responses) % 2)
-        pairs = [Pair(prompt, a, b) for a, b in zip(padded[0::2], padded[1::2])]
-        kept = tokenize(pairs, tokenizer, args.max_length, Counter())
-        if len(responses) > 2 and len(kept) == len(pairs):
-            ranked.append((pairs, scores))
-    process.print(f"{flag}: {len(ranked)} of {len(rows)} prompts have more than two responses, none too long")
-    return ranked
-
-
-def plot_margins(lines: list[dict], args: Args, path: Path) -> None:
-    """Margin against similarity with the bound's curve, and the margins' histogram."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    similarity, margin = (np.array([line[name] for line in lines]) for name in ("similarity", "margin"))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, width_ratios=(2, 1), layout="constrained")
-    left.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0, label="margin m")
-    left.axhline(0, color="0.6", linewidth=0.8)
-    if args.constraint in ("len_rat", "cos_sim"):
-        curve = np.linspace(min(similarity.min(), 0.95), 1, 200)
-        left.plot(curve, args.beta1 / (curve + args.beta2) + args.beta3, color="C3", label="bound δ*(s)")
-    elif args.constraint != "none":
-        left.scatter(similarity, [line["bound"] for line in lines], s=3, color="C3", label="bound")
-    left.legend()
-    top = max(margin.max(), 6)
-    left.set(
-        xlabel="similarity s (cosine, angular)" if args.constraint == "cos_sim" else "similarity s (length ratio)",
-        ylabel="margin m", title=f"{args.constraint}: held-out pairs", ylim=(margin.min() - 0.5, top * 1.6),
-    )
-    right.hist(margin, bins=40, orientation="horizontal")
-    right.set(xlabel="pairs", title=f"largest margin {margin.max():.1f}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------- training
 
 
 def main(args: Args) -> None:
-    common.check_flags(args)
+    common.check_flags(args, OUTPUTS)
     process = common.start(args.seed)
     accumulation = common.accumulation_steps(args, process)
     config = common.engine_config(args, accumulation)
-    args.model = args.model or common.on_rank_0(process, common.toy_model)
-
+    args.model = args.model or common.on_rank_0(process, common.toy_model, each_machine=True)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
-    train_pairs, eval_pairs = load_pairs(args, tokenizer, process)
-    ranked = read_ranked(args, tokenizer, process)
-    for pairs in filter(None, (train_pairs, eval_pairs)):
-        for pair, similarity in zip(pairs, similarities(pairs, args, process).tolist(), strict=True):
-            pair.similarity = similarity
-        pair_bounds(pairs, args, epoch=0)  # a bound that is not positive is found before anything is written
+    if args.constraint == "cos_sim":
+        args.encoder = args.encoder or encoder_of_training(args)
 
-    steps_per_epoch = len(train_pairs) // args.global_batch_size
-    total_steps = args.epochs * steps_per_epoch
-    if args.epochs and not total_steps:
-        raise common.InputError(
-            f"{len(train_pairs)} pairs, without the held-out ones, do not fill a --global_batch_size of "
-            f"{args.global_batch_size}: pass a smaller one"
-        )
-    if args.max_steps:
-        total_steps = min(total_steps, args.max_steps)
+    encode = functools.partial(encode_pair, tokenizer=tokenizer, max_length=args.max_length)
+    train_pairs, eval_pairs = common.load_data(args, encode, process)
+    ranked = common.load_ranked(args, encode, process)
+    train_similarity = similarities(train_pairs, args, process) if len(train_pairs) else torch.empty(0)
+    eval_similarity = similarities(eval_pairs, args, process)
+    for similarity in (train_similarity, eval_similarity):
+        pair_bounds(similarity, args)  # a bound that is not positive is found before anything is written
+    total_steps = common.total_steps(args, len(train_pairs))
 
-    model = load_reward_model(args, tokenizer, config)
-    share_prefix = can_share_prefix(model, args.max_length)
-    engine = common.make_engine(Scorer(model), args, config, total_steps, process)
+    scorer = common.load_reward_model("--model", args.model, args, tokenizer, config, new_head=args.epochs > 0)
+    engine = common.make_engine(scorer, args, config, total_steps, process)
     collator = functools.partial(
-        collate, pad_token_id=tokenizer.pad_token_id, share_prefix=share_prefix, device=process.device
+        collate, pad_token_id=tokenizer.pad_token_id, share_prefix=common.check_model(engine, scorer, args, process),
+        dtype=scorer.dtype, device=process.device,
     )
-    output_dir = common.open_output(args, process, "reward")
-    metrics = common.Metrics(output_dir, process, total_steps)
+    output_dir = common.open_output(args, process, OUTPUTS)
+    shown = ("loss", "accuracy", "margin_mean", "margin_max")
+    metrics = common.Metrics(output_dir, process, args, total_steps, shown)
     process.print(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> list[dict]:
-        values, lines = evaluate(engine, eval_pairs, ranked, args, collator, process)
+        with metrics.paused():
+            values, lines = evaluate(engine, eval_pairs, eval_similarity, ranked, args, collator, process)
         metrics.write(step, "eval", values)
         return lines
 
-    lines = evaluate_now(0)
-    lengths = np.array([p.row_length for p in train_pairs])
-    step, history, rates, norms, tokens, since = 0, [], [], [], 0, time.perf_counter()
+    step, lines = 0, evaluate_now(0)
+    lengths = np.array(train_pairs["row_length"][:])
+    tokens = lengths + np.array(train_pairs["prefix"][:])  # the prompt counted once for each response
     for epoch in range(args.epochs):
-        bounds = pair_bounds(train_pairs, args, epoch)  # n
-        bounds = None if bounds is None else bounds.to(process.device)
-        for batch in global_batches(lengths, args.global_batch_size, args.seed, epoch)[: total_steps - step]:
+        bounds = pair_bounds(train_similarity, args, epoch).to(process.device)  # n
+        for batch in common.global_batches(lengths, args.global_batch_size, args.seed, epoch)[: total_steps - step]:
             step += 1
-            losses = []
-            for i, ranks in enumerate(batch.reshape(accumulation, process.world_size, -1)):
-                rows = ranks[process.rank]
-                chosen, rejected = engine(**collator([train_pairs[row] for row in rows]))  # B, B
-                margin = chosen - rejected  # B
-                bound = None if bounds is None else bounds[torch.as_tensor(rows, device=process.device)]  # B
-                rank_loss = constrained_ranking_loss(margin)  # B    -log σ(m)
-                loss = constrained_ranking_loss(margin, bound)  # B    -log σ(m) - log σ(δ* - m)
-                engine.backward(loss.mean())
+            losses, records = [], []
+            for i, rows in enumerate(batch.reshape(accumulation, process.world_size, -1)[:, process.rank]):
+                chosen, rejected = engine(**collator(train_pairs[rows])).logits.view(-1, 2).T  # B, B
+                margin = chosen - rejected  # B    m
+                bound = bounds[rows]  # B    δ*
+                rank_loss = ranking_loss(margin)  # B    -log σ(m)
+                constraint_loss = 0 * margin
+                if args.constraint != "none":
+                    constraint_loss = ranking_loss(bound - margin)  # B    -log σ(δ* - m)
+                loss = (rank_loss + constraint_loss).mean()
+                engine.backward(loss)
                 losses.append(loss.detach())
-                bound = torch.full_like(margin, math.nan) if bound is None else bound
-                history.append(torch.stack([chosen, rejected, bound, loss, rank_loss]).detach())  # 5 B
+                records.append(torch.stack([chosen, rejected, bound, rank_loss, constraint_loss]).detach())  # 5 B
                 if i < accumulation - 1:
                     engine.step()  # counts the micro batch
-            rates.append(engine.get_lr()[0])
-            norms.append(common.optimizer_step(engine, args, step, losses))
-            tokens += sum(len(train_pairs[i].chosen_ids) + len(train_pairs[i].rejected_ids) for i in batch)
-            metrics.bar.update()
-
-            if step == 1 or step % args.log_every == 0 or step == total_steps:
-                records = common.gather(torch.stack(history)).cpu()  # ranks, steps * accumulation, 5, B
-                records = records.unflatten(1, (-1, accumulation)).permute(1, 3, 2, 0, 4)  # steps, 5, acc., ranks, B
-                records = records.flatten(2)  # steps, 5, global batch
-                means = [pair_metrics(*record) for record in records]
-                values = {k: v if v is None else float(np.mean([m[k] for m in means])) for k, v in means[0].items()}
-                seconds = time.perf_counter() - since
-                values |= {
-                    "lr": float(np.mean(rates)), "grad_norm": float(np.mean(norms)),
-                    "pairs_per_s": len(records) * args.global_batch_size / seconds, "tokens_per_s": tokens / seconds,
-                }
-                metrics.write(step, "train", values)
-                history, rates, norms, tokens, since = [], [], [], 0, time.perf_counter()
+            rate = engine.get_lr()[0]
+            (norm,) = common.optimizer_step(step, losses, (engine, args))
+            values = pair_metrics(*common.gather(torch.cat(records, 1)))  # of the global batch
+            values |= {"lr": rate, "grad_norm": norm}
+            metrics.add(step, values, pairs=len(batch), tokens=tokens[batch].sum())
             if args.eval_every and step % args.eval_every == 0 and step < total_steps:
-                paused = time.perf_counter()
                 evaluate_now(step)
-                since += time.perf_counter() - paused
 
     if step:
-        common.save_model(engine, model, tokenizer, output_dir / "model", process)
+        common.save_model(engine, scorer.classifier, tokenizer, output_dir / "model", process)
         lines = evaluate_now(step)
     metrics.close()
     if process.rank == 0:
-        plot_margins(lines, args, output_dir / "margins.png")
+        common.plot_margins(lines, args, output_dir / "margins.png")
         common.write_file(output_dir / "eval.jsonl", "".join(map(common.json_line, lines)))  # last: the run is finished
     process.print(f"finished: look at {output_dir}/margins.png")
 
 
+def encoder_of_training(args: Args) -> str:
+    """The model in training; for evaluation alone, the encoder that gave the bounds of its training."""
+    if args.epochs:
+        return args.model
+    try:
+        trained = json.loads((Path(args.model).parent / "args.json").read_text(encoding="utf-8"))
+        return trained["encoder"] or trained["model"]
+    except (OSError, ValueError, KeyError) as error:
+        raise common.InputError("--constraint cos_sim with --epochs 0 needs the --encoder of training") from error
+
+
 if __name__ == "__main__":
-    common.run(main, common.parse_args(Args, preset))
+    common.run(main, Args, preset)
