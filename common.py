@@ -1,10 +1,10 @@
 """What is the same for any loss: process, flags, rows, batches, models, the DeepSpeed engine, metrics and files.
 
-Nothing of a method lives here. A script calls, in this order: run, start, accumulation_steps, engine_config,
-load_tokenizer, load_data, load_language_model or load_reward_model, make_engine, check_model, open_output, Metrics,
-optimizer_step, save_model. Errors that the user can mend are `InputError`s: one line on stderr.
+Nothing of a method lives here. A script calls, in this order: run, check_flags, start, engine_config, load_tokenizer,
+load_data, load_language_model or load_reward_model, make_engine, check_model, open_output, Metrics, optimizer_step,
+save_model. Errors that the user can mend are `InputError`s: one line on stderr.
 
-Symbols in the shapes: R rows of a micro batch, T tokens of a row, N chosen positions, B pairs, V vocabulary, n data rows.
+Symbols in the shapes: R rows of a micro batch, T tokens of a row, N chosen positions, B pairs, V vocabulary, n rows.
 """
 
 import os
@@ -37,7 +37,6 @@ import deepspeed
 import filelock
 import huggingface_hub
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 import torch
 import torch.distributed as dist
@@ -81,16 +80,18 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
     defaults that tyro then sees, so that `--help` shows them and every flag on the command line wins. A --dataset or
     --eval_dataset of the user's own cancels the evaluation data that belongs to the task's.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a ?
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a ?
     rank = int(os.environ.get("RANK", 0))  # one usage message, not one for each rank
     read = functools.partial(tyro.cli, args_class, args=argv, use_underscores=True, console_outputs=rank == 0)
-    unset = dict(dataset="\0", eval_dataset="\0")
-    given, _ = read(default=args_class(**unset), add_help=False, return_unknown_args=True)
-    values = preset(given.task, getattr(given, "constraint", "none"))
-    own = given.dataset != "\0", given.eval_dataset != "\0"
-    values |= {"eval_dataset": ""} if own[0] else {}
-    values |= {"ranked_dataset": ""} if any(own) and hasattr(given, "ranked_dataset") else {}
+    absent = "\0"
+    given, _ = read(default=args_class(dataset=absent, eval_dataset=absent), add_help=False, return_unknown_args=True)
+    values = dict(preset(given.task, getattr(given, "constraint", "none")))
+    if given.dataset != absent:
+        values["eval_dataset"] = ""
+    if (given.dataset, given.eval_dataset) != (absent, absent) and hasattr(given, "ranked_dataset"):
+        values["ranked_dataset"] = ""
     args = read(default=args_class(**values))
     for name, value in vars(args).items():
         if isinstance(value, str):
@@ -105,28 +106,17 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
 
 def check_flags(args, outputs: tuple[str, ...]) -> None:
     """InputError for a value out of range, and for results that must not be replaced; before any work."""
-    at_least = {
-        1: "max_length micro_batch_size global_batch_size log_every ppo_epochs minibatches max_prompt_length max_new_tokens",
-        0: "epochs max_steps warmup_steps seed eval_every generate learning_rate policy_learning_rate critic_learning_rate "
-        "weight_decay kl_beta label_smoothing kl_coef max_kl score_clip missing_eos_penalty gamma gae_lambda cliprange "
-        "cliprange_value",
-        1e-3: "temperature",
-    }
+    ones = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every ppo_epochs minibatches"
+    at_least = dict.fromkeys(ones.split(), 1) | {"temperature": 1e-3}  # of others 0; priors.py checks those of the bound
     at_most = dict(label_smoothing=0.5, gamma=1, gae_lambda=1)
-    for least, name in ((least, name) for least, names in at_least.items() for name in names.split()):
-        value, most = getattr(args, name, least), at_most.get(name, sys.float_info.max)
-        if not least <= value <= most:
-            limit = f"at most {most}" if value > most and name in at_most else f"at least {least}"
-            raise InputError(f"--{name} is {value}, but must be {limit}")
-    folder = Path(args.output_dir or "runs")
+    for name, value in vars(args).items():
+        least, most = at_least.get(name, 0), at_most.get(name, sys.float_info.max)
+        if isinstance(value, int | float) and not re.search("beta[123]|_bound|random_|local_rank", name):
+            if not least <= value <= most:
+                limit = f"at most {most}" if value > most and name in at_most else f"at least {least}"
+                raise InputError(f"--{name} is {value}, but must be {limit}")
     if args.output_dir:
-        check_output(args, folder, outputs)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder} is a file: choose a folder")
-    for flag in ("model", "ref_model", "policy_model", "reward_model", "judge_model"):
-        model = getattr(args, flag, "")
-        if args.output_dir and model and (folder / "model").resolve() in (p := Path(model).resolve(), *p.parents):
-            raise InputError(f"--output_dir {folder} holds --{flag} {model} itself: choose another folder")
+        check_output(args, Path(args.output_dir), outputs)
 
 
 # ---------------------------------------------------------------- process
@@ -145,6 +135,7 @@ class Process:
 
 def run(main, args_class, preset) -> None:
     """Parse the flags and call main(args); an InputError becomes one line on stderr and status 1, on all ranks."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # the disk's fault, not the program's
     try:
         find_ranks()
         main(parse_args(args_class, preset))
@@ -154,12 +145,11 @@ def run(main, args_class, preset) -> None:
             sys.stderr.flush()
             os._exit(0)
     except (InputError, OSError) as error:
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
         if isinstance(error, OSError) and error.errno not in full:
             raise
-        if int(os.environ.get("RANK", 0)):  # rank 0 says what all ranks found; the launcher ends this one meanwhile,
-            time.sleep(10)  # unless it stands alone
-        message = error if isinstance(error, InputError) else said(error)
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(10)  # rank 0 says what all ranks found, and the launcher ends this one; unless it stands alone
+        message = said(error) if isinstance(error, OSError) else error
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears a progress bar before it
         sys.exit(1)
     finally:
@@ -169,27 +159,23 @@ def run(main, args_class, preset) -> None:
 
 def find_ranks() -> None:
     """Set RANK, WORLD_SIZE and LOCAL_RANK as the launcher means them: deepspeed, torchrun, srun, mpirun or none."""
-    env = os.environ
-    for prefix, *theirs, one_machine in (
-        ("SLURM_", "PROCID", "STEP_NUM_TASKS", "LOCALID", env.get("SLURM_STEP_NUM_NODES") == "1"),
-        ("OMPI_COMM_WORLD_", "RANK", "SIZE", "LOCAL_RANK",
-         env.get("OMPI_COMM_WORLD_SIZE") == env.get("OMPI_COMM_WORLD_LOCAL_SIZE")),
+    env, names = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    mpi = "OMPI_COMM_WORLD_"
+    for rank, size, local_rank, one_machine in (
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", env.get("SLURM_STEP_NUM_NODES") == "1"),
+        (f"{mpi}RANK", f"{mpi}SIZE", f"{mpi}LOCAL_RANK", env.get(f"{mpi}LOCAL_SIZE") == env.get(f"{mpi}SIZE")),
     ):
-        if "RANK" not in env and int(env.get(prefix + theirs[1], 1)) > 1:
-            for name, own in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), theirs):
-                if prefix + own in env:
-                    env.setdefault(name, env[prefix + own])
-            if one_machine:
-                env.setdefault("MASTER_ADDR", "127.0.0.1")
-                env.setdefault("MASTER_PORT", "29500")
+        if "RANK" not in env and int(env.get(size, 1)) > 1:
+            theirs = [env.get(rank), env[size], env.get(local_rank), *["127.0.0.1", "29500"] * one_machine]
+            for name, value in zip(names, theirs):
+                if value is not None:
+                    env.setdefault(name, value)
     if int(env.get("WORLD_SIZE", 1)) == 1:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *(["MASTER_ADDR", "MASTER_PORT"] * (env["WORLD_SIZE"] != "1")))
-    missing = [name for name in names if name not in env]
-    if missing:
+    elif missing := [name for name in names if name not in env]:
         raise InputError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} not set: start with deepspeed or torchrun, set "
-            "them too, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} not set: start with deepspeed or torchrun, "
+            "set them too, or unset WORLD_SIZE"
         )
 
 
@@ -203,54 +189,50 @@ def start(seed: int) -> Process:
     huggingface_hub.utils.disable_progress_bars()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # read_rows says what is wrong, in one line
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "nccl"
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        device, backend = torch.device("cpu"), "gloo"
         deepspeed.ops.__compatible_ops__ = {}  # else init_distributed compiles a C++ all-reduce, for over a minute
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1  # deepspeed's, torchrun's
         torch.set_num_threads(max(1, cores // int(local_ranks)))
         keep_freed_memory()
+    wait, work = datetime.timedelta(minutes=1), datetime.timedelta(hours=2)  # for ranks to come; for rank 0 at work
     if not dist.is_initialized():
-        wait, work = datetime.timedelta(minutes=1), datetime.timedelta(hours=2)  # others to come; rank 0 alone at work
         try:
             store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", timeout=wait))[0]
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             if "EADDRINUSE" in str(error):
-                raise InputError(
-                    f"port {where} is taken, by another run? Choose one: deepspeed --master_port 29501 {sys.argv[0]} ..."
-                ) from error
-            raise InputError(
-                f"rank {rank} of WORLD_SIZE {world_size} waited a minute at {where} for the others ({said(error)})"
-            ) from error
+                hint = f"choose one: deepspeed --master_port 29501 {sys.argv[0]} ..."
+                raise InputError(f"the port of {where} is taken, by another run? {hint}") from error
+            what = f"rank {rank} waited a minute at {where} for the other ranks of WORLD_SIZE {world_size}"
+            raise InputError(f"{what} ({said(error)})") from error
         store.set_timeout(work)
+        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=work)
-    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))
+    deepspeed.init_distributed(verbose=False, timeout=work)
     transformers.set_seed(seed)
     return Process(rank, world_size, device)
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep large blocks that are freed: activations come back each step, and mapping them anew is slow."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-                libc.mallopt(parameter, 1 << 30)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(parameter, 1 << 30)
 
 
 def on_rank_0(process: Process, function, each_machine: bool = False):
-    """function() on rank 0 alone, or on the first rank of each machine; every rank gets rank 0's result, or the error."""
-    result = error = None
+    """function() on rank 0, or on the first rank of each machine; every rank gets rank 0's result, or the error."""
+    result = error = message = None
     if process.rank == 0 or each_machine and os.environ["LOCAL_RANK"] == "0":
         try:
             result = function()
         except Exception as caught:  # whatever it is, the other ranks must not wait for ever
-            error = caught
-    everyone = gather_objects((result, error and (str(error) if isinstance(error, InputError) else said(error))))
+            error, message = caught, str(caught) if isinstance(caught, InputError) else said(caught)
+    everyone = gather_objects((result, message))
     if error is not None and not isinstance(error, InputError | OSError):
         raise error
     for _, message in everyone:
@@ -291,51 +273,69 @@ def accumulation_steps(args, process: Process) -> int:
 def cached_path(kind: str, content, suffix: str) -> Path:
     """Where what follows from `content` alone is kept: $PCRM_CACHE or ~/.cache/pcrm."""
     root = Path(os.environ.get("PCRM_CACHE") or Path.home() / ".cache" / "pcrm")
-    content = [content, torch.__version__, transformers.__version__]
-    return root / kind / (hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32] + suffix)
+    content = json.dumps([content, torch.__version__, transformers.__version__])
+    return root / kind / (hashlib.sha256(content.encode()).hexdigest()[:32] + suffix)
 
 
 def cached(kind: str, content, compute, process: Process) -> torch.Tensor:
     """compute(), on all ranks; or what it gave when `content()`, read on rank 0, was last the same."""
-    path = on_rank_0(process, lambda: cached_path(kind, content(), ".npy"))
 
-    def read():
-        try:
-            return np.load(path) if path.exists() else None
-        except Exception as error:  # cut short, or not ours
-            tqdm.write(f"{path} cannot be read and is made again ({said(error)})")
+    def read() -> tuple:
+        path = cached_path(kind, content(), ".npy")
+        with optional(path, "cannot be read and is made again", Exception):  # cut short
+            return path, np.load(path) if path.exists() else None
+        return path, None
 
-    def write():
-        part = path.with_name(f"{time.time_ns()}.part.npy")
-        with optional(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(part, result.numpy())
-            part.replace(path)
-
-    found = on_rank_0(process, read)
+    path, found = on_rank_0(process, read)
     if found is not None:
         return torch.from_numpy(found)
     result = compute()
-    on_rank_0(process, write)
+    if process.rank == 0:
+        with optional(path, "is not kept for the next run"), writing(path) as part:
+            with open(part, "wb") as file:
+                np.save(file, result.numpy())
     return result
 
 
 @contextlib.contextmanager
-def optional(path: Path):
-    """Inside, a cache is written: what fails is said, and the run goes on."""
+def optional(path: Path, what: str, faults=OSError):
+    """Inside, a cache is read or written: what fails is said, and the run goes on."""
     try:
         yield
-    except OSError as error:
-        tqdm.write(f"warning: {path} is not kept for the next run: {said(error)}")
+    except faults as error:
+        tqdm.write(f"warning: {path} {what}: {said(error)}")
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Another name to write to, which takes the file's place at the end: a file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str) -> None:
+    with writing(path) as part:
+        part.write_text(content, encoding="utf-8")
+
+
+def json_line(values: dict) -> str:
+    """One line of JSON. A value that does not apply is null: None, and numbers that are not finite."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(clean, allow_nan=False) + "\n"
+
+
+@functools.cache
 def model_version(path: str, weights: bool = True) -> str:
     """What changes when the model does (without weights: its tokenizer): the Hub's commit, or a digest of its files."""
     if not Path(path).is_dir():
         return f"{path}@{Path(transformers.utils.cached_file(path, 'config.json')).parent.name}"
     kinds = (".json", ".txt", ".model", ".py", ".jinja", *[".safetensors"] * weights)
-    files = sorted(file for file in Path(path).iterdir() if file.suffix in kinds)
-    return model_digest(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
+    return digest(sorted(file for file in Path(path).iterdir() if file.suffix in kinds))
 
 
 def digest(files) -> str:
@@ -346,34 +346,26 @@ def digest(files) -> str:
     return total.hexdigest()
 
 
-@functools.cache
-def model_digest(files: tuple[Path, ...], times: tuple[int, ...]) -> str:
-    """The digest of files that are large, read once a run."""
-    return digest(files)
-
-
 def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
     """Make --output_dir, runs/<script>-<constraint>-<time> by default, lock it, and write args.json into it.
 
-    `outputs` is what the script writes there, the last one at its end. Only what an earlier run of the same script left
-    is replaced: one that was cut off, or with --overwrite a finished one.
+    `outputs` is what the script writes there, the last one at its end. Only what an earlier run of the script left is
+    replaced: one that was cut off, or with --overwrite a finished one.
     """
 
     def make() -> str:
         script = Path(sys.modules[type(args).__module__].__file__).stem
         name = "-".join(filter(None, (script, getattr(args, "constraint", ""), time.strftime("%Y%m%d-%H%M%S"))))
-        folder, number = Path(args.output_dir or Path("runs") / name), 1
+        folder, number = Path(args.output_dir or f"runs/{name}"), 1
         while not args.output_dir and folder.exists():
-            folder, number = Path("runs") / f"{name}-{number}", number + 1
-        check_output(args, folder, outputs)
-        folder.mkdir(parents=True, exist_ok=True)
+            folder, number = Path(f"runs/{name}-{number}"), number + 1
+        folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
         try:
             filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True).acquire()  # until the process ends
         except filelock.Timeout as error:
             raise InputError(f"--output_dir {folder} is in use by another run: choose another folder") from error
-        check_output(args, folder, outputs)  # once more: another run may have finished there meanwhile
-        for old in (folder / name for name in ("args.json", "metrics.jsonl", "tensorboard", "model", *outputs)):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        for old in check_output(args, folder, outputs):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         args.output_dir = str(folder)
         write_file(folder / "args.json", json.dumps(vars(args), indent=2) + "\n")
         return str(folder)
@@ -382,30 +374,25 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
     return Path(args.output_dir)
 
 
-def check_output(args, folder: Path, outputs: tuple[str, ...]) -> None:
-    """InputError if results in the folder would be replaced that must not be."""
-    found = [name for name in ("args.json", "metrics.jsonl", "tensorboard", "model", *outputs) if (folder / name).exists()]
+def check_output(args, folder: Path, outputs: tuple[str, ...]) -> list[Path]:
+    """What would be replaced in the folder; InputError if it must not be."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file: choose a folder")
+    for flag in ("model", "ref_model", "policy_model", "reward_model", "judge_model"):
+        model = Path(getattr(args, flag, "") or "-").resolve()
+        if (folder / "model").resolve() in (model, *model.parents):
+            raise InputError(f"--output_dir {folder} holds --{flag} {model} itself: choose another folder")
     try:
         ours = json.loads((folder / "args.json").read_text(encoding="utf-8")).keys() == vars(args).keys()
     except (OSError, ValueError, AttributeError):
         ours = False
+    found = [folder / name for name in ("args.json", "metrics.jsonl", "tensorboard", "model", *outputs)]
+    found = [path for path in found if path.exists()]
     if found and not ours:
-        raise InputError(f"--output_dir {folder} holds {found[-1]}, which no run of this script left: choose another folder")
-    if outputs[-1] in found and not args.overwrite:
+        raise InputError(f"--output_dir {folder} holds {found[-1].name}, left by no run of this script: choose another")
+    if (folder / outputs[-1]).exists() and not args.overwrite:
         raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a whole file or none of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def json_line(values: dict) -> str:
-    """One line of JSON. A value that does not apply is null: None, and numbers that are not finite."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps(clean, allow_nan=False) + "\n"
+    return found
 
 
 # ---------------------------------------------------------------- rows
@@ -419,7 +406,7 @@ def read_rows(flag: str, name: str, split: str):
     as part-*.jsonl stands for all files that match, where no file has that very name.
     """
     path, wanted = split_name(name)
-    where = f"{flag} {name}"
+    where, files = f"{flag} {name}", None
     try:
         files = data_files(path)
         if files is None:
@@ -428,29 +415,20 @@ def read_rows(flag: str, name: str, split: str):
             chosen = wanted or (list(splits)[0] if len(splits) == 1 else split)
             if chosen not in splits:
                 raise InputError(f"{where}: no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
-            rows = splits[chosen]
-        elif not files:
-            raise InputError(f"{where}: there is no such file")
-        elif Path(path).suffix == ".parquet":
-            table = pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files])
-            rows = datasets.Dataset(datasets.table.InMemoryTable(table))
-        else:
-            rows = [row for file in files for row in read_json(file)]
-        if files and wanted:
-            found = [row.get("split") for row in rows] if isinstance(rows, list) else rows["split"][:]
-            keep = [i for i, value in enumerate(found) if value == wanted]
-            if not keep:
-                raise InputError(f"{where}: no row has split {wanted!r}; there are {sorted(set(map(str, found)))}")
-            rows = [rows[i] for i in keep] if isinstance(rows, list) else rows.select(keep)
-    except InputError:
-        raise
+            return splits[chosen]
+        rows = [row for file in files for row in read_file(file)]
+    except InputError as error:
+        raise InputError(f"{where}: {error}" if files else error) from error
     except Exception as error:  # the libraries raise many kinds: an unreachable Hub, a loading script, a broken file
-        hint = "" if Path(path).exists() else (
-            f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
-        )
-        raise InputError(f"{where}: {said(error)}{hint}") from error
-    if len(rows) == 0:
-        raise InputError(f"{where}: no rows")
+        reason = said(error)
+        if not Path(path).exists():
+            reason += f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
+        raise InputError(f"{where}: {reason}") from error
+    found = {str(row.get("split")) for row in rows} if wanted else ()
+    rows = [row for row in rows if not wanted or row.get("split") == wanted]
+    if not rows:
+        reason = f"no row has split {wanted!r}; there are {sorted(found)}" if found else "no rows"
+        raise InputError(f"{where}: {reason if files else 'there is no such file'}")
     return rows
 
 
@@ -463,42 +441,42 @@ def split_name(name: str) -> tuple[str, str]:
 def data_files(path: str) -> list[Path] | None:
     """The files that a path, a pattern or an hf:// address stands for; None for a folder or the name of a data set."""
     address = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?/(.+)", path)
-    if Path(path).suffix not in (".json", ".jsonl", ".parquet") and (address or Path(path).is_file()):
-        raise InputError(f"{path}: a data file ends with .json, .jsonl or .parquet")
-    if Path(path).is_file():
-        return [Path(path)]
-    if address:
-        repository, revision, pattern = address.groups()
-        folder = huggingface_hub.snapshot_download(
-            repository, repo_type="dataset", revision=revision, allow_patterns=pattern
-        )
-        return sorted(Path(folder).glob(pattern))
-    return sorted(map(Path, glob.glob(path))) if Path(path).suffix in (".json", ".jsonl", ".parquet") else None
+    if Path(path).suffix not in (".json", ".jsonl", ".parquet"):
+        if address or Path(path).is_file():
+            raise InputError(f"{path}: a data file ends with .json, .jsonl or .parquet")
+        return None
+    if address and not Path(path).is_file():
+        name, revision, pattern = address.groups()
+        where = huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=pattern)
+        return sorted(Path(where).glob(pattern))
+    return [Path(path)] if Path(path).is_file() else sorted(map(Path, glob.glob(path)))
 
 
-def read_json(path: Path) -> list[dict]:
-    """Rows of a JSON list, or of a file with a JSON object on each line; texts stay the texts that they are."""
+def read_file(path: Path) -> list[dict]:
+    """Rows of Parquet, of a JSON list, or of a JSON object on each line; texts stay the texts that they are."""
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    whole = data.lstrip().startswith(b"[")
-    rows = []
+    whole, rows = data.lstrip().startswith(b"["), []
     for number, line in enumerate([data] if whole else data.split(b"\n"), 1):
+        surrogate = line.lower().find(b"\\ud")
         try:
-            if line.strip():
-                found = json.loads(line.decode("utf-8"))
-                if b"\\ud" in line.lower():
-                    json.dumps(found, ensure_ascii=False).encode()
-                rows += found if whole else [found]
+            found = json.loads(line.decode("utf-8")) if line.strip() else []
+            if surrogate >= 0:
+                json.dumps(found, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number + error.lineno - 1} is not JSON: {error.msg}") from error
+            raise InputError(f"line {number + error.lineno - 1} is not JSON: {error.msg}") from error
         except UnicodeDecodeError as error:
             number += line[: error.start].count(b"\n")
-            raise InputError(f"{path}: line {number} is not UTF-8: {error.reason}") from error
+            raise InputError(f"line {number} is not UTF-8: {error.reason}") from error
         except UnicodeEncodeError as error:
-            number += line[: line.lower().find(b"\\ud")].count(b"\n")
-            raise InputError(f"{path}: line {number} has a lone surrogate, half a character, which is no text") from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: {'row' if whole else 'line'} {number} is not a JSON object: {row!r:.80}")
+            number += line[:surrogate].count(b"\n")
+            raise InputError(f"line {number} has a lone surrogate, half a character, which is no text") from error
+        new = found if whole or not line.strip() else [found]
+        for row in new:
+            if not isinstance(row, dict):
+                raise InputError(f"line {number} is not a JSON object: {row!r:.80}")
+        rows += new
     return rows
 
 
@@ -595,11 +573,11 @@ def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, dataset
         held_out = load_rows("--eval_dataset", args.eval_dataset, "test", encode, process)
         rows = load_rows("--dataset", args.dataset, "train", encode, process) if args.epochs else held_out.select([])
         return rows, held_out
-    rows, same_prompt = load_rows("--dataset", args.dataset, "train", encode, process), {}
+    rows, same_prompt, held_out = load_rows("--dataset", args.dataset, "train", encode, process), {}, []
     for i, prompt in enumerate(rows["prompt"][:]):
         same_prompt.setdefault(prompt, []).append(i)
-    order = np.random.default_rng(args.seed).permutation(len(same_prompt))
-    groups, held_out = [list(same_prompt.values())[i] for i in order], []
+    groups = list(same_prompt.values())
+    groups = [groups[i] for i in np.random.default_rng(args.seed).permutation(len(groups))]
     for count, group in enumerate(groups, 1):  # all rows of a prompt on one side
         held_out += group
         if len(held_out) >= min(500, len(rows) / 10):
@@ -609,45 +587,38 @@ def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, dataset
 
 
 def load_rows(flag: str, name: str, split: str, encode, process: Process) -> datasets.Dataset:
-    """The columns that `encode(row)` makes of each row. Rows for which it raises Unusable are counted by reason.
+    """The columns that `encode(row)`, a functools.partial, makes of each row; those that are Unusable are counted.
 
-    `encode` is a functools.partial. Rows are encoded by one rank of each machine, kept on disk, and read from there by
-    all ranks without a copy in memory; a later start encodes nothing.
+    The first rank of each machine encodes them and keeps them on disk, where all read them without a copy in memory; a
+    later start encodes nothing.
     """
-    settings = {key: value for key, value in encode.keywords.items() if key != "tokenizer"}
-    sources = digest([__file__, encode.func.__code__.co_filename])
 
-    def build() -> tuple[str, dict] | None:
+    def read_kept(path: Path) -> tuple[datasets.Dataset, dict]:
+        return datasets.Dataset.from_file(str(path)), json.loads(path.with_suffix(".json").read_text())
+
+    def build() -> Path | None:
         rows = read_rows(flag, name, split)
         files = data_files(split_name(name)[0])
-        version = rows._fingerprint if files is None else digest(files)
-        tokenizer = model_version(encode.keywords["tokenizer"].name_or_path, weights=False)
-        path = cached_path("rows", [version, split_name(name)[1], tokenizer, settings, sources], ".arrow")
-        try:
-            counts = json.loads(path.with_suffix(".json").read_text())
-            datasets.Dataset.from_file(str(path))
-            return str(path), counts
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # cut short
-            tqdm.write(f"{path} cannot be read and is made again ({said(error)})")
-        part = path.with_name(f"{time.time_ns()}.part")
-        with optional(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        content = [rows._fingerprint if files is None else [digest(files), split_name(name)[1]]]
+        content += [{key: value for key, value in encode.keywords.items() if key != "tokenizer"}]
+        content += [model_version(encode.keywords["tokenizer"].name_or_path, weights=False)]
+        path = cached_path("rows", content + [digest([__file__, encode.func.__code__.co_filename])], ".arrow")
+        if path.exists():
+            with optional(path, "cannot be read and is made again", Exception):  # cut short
+                return read_kept(path) and path
+        with optional(path, "is not kept for the next run"), writing(path) as part:
             with open(part, "wb") as stream:
                 counts = write_rows(rows, stream, f"{flag} {name}", encode)
             write_file(path.with_suffix(".json"), json.dumps(counts))
-            part.replace(path)
-            return str(path), counts
-        part.unlink(missing_ok=True)
+            return path
 
-    found = on_rank_0(process, build, each_machine=True)
-    if found is None:  # nowhere to keep them: each rank encodes them for itself
+    path = on_rank_0(process, build, each_machine=True)
+    if path is None:  # nowhere to keep them: each rank encodes them for itself
         buffer = pyarrow.BufferOutputStream()
         counts = write_rows(read_rows(flag, name, split), buffer, f"{flag} {name}", encode)
         kept = datasets.Dataset.from_buffer(buffer.getvalue())
     else:
-        kept, counts = datasets.Dataset.from_file(found[0]), found[1]
+        kept, counts = read_kept(path)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     process.print(f"{flag}: {len(kept)} rows" + (f"; dropped {sum(counts.values())}: {reasons}" if counts else ""))
     return kept
@@ -670,39 +641,39 @@ def write_rows(rows, stream, where: str, encode) -> dict[str, int]:
             writer = ArrowWriter(stream=stream, features=features)
         writer.write(columns)
     if writer is None:
-        raise InputError(f"{where}: no usable row is left ({', '.join(f'{n} {reason}' for reason, n in counts.items())})")
+        raise InputError(f"{where}: no usable row is left ({', '.join(f'{n} {why}' for why, n in counts.items())})")
     writer.finalize()
     return dict(counts)
 
 
-def load_ranked(args, encode, process: Process) -> tuple[dict | None, list[list[float]]]:
-    """Responses of --ranked_dataset as columns, each the chosen one of a pair with the next; and each prompt's scores.
+def load_ranked(args, encode, process: Process) -> tuple[datasets.Dataset | None, list[list[float]]]:
+    """Responses of --ranked_dataset as rows, each the chosen one of a pair with the next; and each prompt's scores.
 
     Of prompts with more than two responses, where all can be used.
     """
     if not args.ranked_dataset:
         return None, []
-    where = f"--ranked_dataset {args.ranked_dataset}"
 
     def read() -> tuple[list[dict], list[list[float]]]:
         pairs, human = [], []
         for number, row in enumerate(rows := read_rows("--ranked_dataset", args.ranked_dataset, "test"), 1):
             try:
                 check_columns(row, "prompt/responses/scores")
-                prompt, responses, scores = row["prompt"], row["responses"], row["scores"]
-                numbers = [isinstance(score, int | float) and math.isfinite(score) for score in scores or ()]
-                strings = [isinstance(response, str) for response in (prompt, *(responses or ()))]
-                if not all(numbers + strings) or len(numbers) != len(strings) - 1 or not isinstance(responses, list):
-                    raise ValueError("prompt must be text, responses a list of texts, scores a number each")
-                partners = zip(responses, responses[1:] + responses[:1])
-                each = [encode({"prompt": prompt, "chosen": a, "rejected": b}) for a, b in partners if len(responses) > 2]
+                prompt, responses, scores = row["prompt"], list(row["responses"] or ()), list(row["scores"] or ())
+                fits = [isinstance(score, int | float) and math.isfinite(score) for score in scores]
+                fits += [isinstance(string, str) for string in (prompt, *responses)]
+                if len(responses) != len(scores) or not all(fits):
+                    raise TypeError
+                partners = zip(responses, responses[1:] + responses[:1]) if len(responses) > 2 else ()
+                each = [encode({"prompt": prompt, "chosen": a, "rejected": b}) for a, b in partners]
             except Unusable:
-                continue
+                each = []
             except (ValueError, TypeError) as error:
-                raise InputError(f"{where}, row {number}: {error}") from error
+                reason = str(error) or "prompt must be text, responses a list of texts, scores a number each"
+                raise InputError(f"--ranked_dataset {args.ranked_dataset}, row {number}: {reason}") from error
             pairs += each
-            human += [scores] if each else []
-        process.print(f"--ranked_dataset: {len(human)} of {len(rows)} prompts have more than two responses that can be used")
+            human += [scores] * bool(each)
+        process.print(f"--ranked_dataset: {len(human)} of {len(rows)} prompts have more than two responses, all usable")
         return pairs, human
 
     pairs, human = on_rank_0(process, read)
@@ -729,8 +700,8 @@ def total_steps(args, rows: int) -> int:
     per_epoch = rows // args.global_batch_size
     if args.epochs and not per_epoch:
         raise InputError(
-            f"{rows} rows, without the held-out ones, do not fill a --global_batch_size of {args.global_batch_size}: pass a "
-            "smaller one"
+            f"{rows} rows, without the held-out ones, do not fill a --global_batch_size of {args.global_batch_size}: "
+            "pass a smaller one"
         )
     return min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
 
@@ -774,8 +745,8 @@ def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool,
     form is taken, by the tokens that the model would have to read.
 
     Returns:
-        Model inputs: input_ids (R, T), if shared also position_ids (R, T) and attention_mask (R, 1, T, T), which is added
-        to the attention's scores; labels (R, T), the next token of the same response, -100 at its end and in padding;
+        Model inputs: input_ids (R, T), if shared also position_ids (R, T) and attention_mask (R, 1, T, T), to be added to
+        the attention's scores; labels (R, T), the next token of the same response, -100 at its end and in padding;
         branch (R, T), 0 what both responses begin with, 1 chosen, 2 rejected, -1 padding; positions (R, T).
     """
     pairs = list(zip(batch["chosen_ids"], batch["rejected_ids"], batch["prefix"]))
@@ -836,13 +807,12 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, process: Process, args, total_steps: int, shown, derived=lambda values: {}):
-        self.enabled, self.log_every, self.total_steps = process.rank == 0, args.log_every, total_steps
-        self.shown, self.derived = shown, derived
-        self.bar = tqdm(total=total_steps, unit="step", disable=None if self.enabled and total_steps else True)
-        self.history, self.amounts, self.since = [], Counter(), time.perf_counter()
-        if self.enabled:
-            from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter
 
+        self.log_every, self.total_steps, self.shown, self.derived = args.log_every, total_steps, shown, derived
+        self.history, self.amounts, self.since, self.enabled = [], Counter(), time.perf_counter(), process.rank == 0
+        self.bar = tqdm(total=total_steps, unit="step", disable=None if self.enabled and total_steps else True)
+        if self.enabled:
             self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
@@ -874,11 +844,11 @@ class Metrics:
         for name, value in values.items():
             if value is not None and math.isfinite(value):
                 self.board.add_scalar(f"{split}/{name}", value, step)
-        shown = {name: values[name] for name in self.shown if values.get(name) is not None}
+        shown = {name: f"{values[name]:.4g}" for name in self.shown if values.get(name) is not None}
         if split == "train" and not self.bar.disable:
-            self.bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+            self.bar.set_postfix(shown)
         else:  # no terminal: no bar, but lines
-            tqdm.write(f"step {step} {split}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+            tqdm.write(f"step {step} {split}: " + ", ".join(map(" ".join, shown.items())))
 
     def close(self) -> None:
         self.bar.close()
@@ -928,14 +898,15 @@ def load_tokenizer(path: str, trust_remote_code: bool):
         raise InputError(f"{path}: its tokenizer has no EOS token, which ends every response")
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     if tokenizer.pad_token is None or tokenizer.pad_token in taken:
-        special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-        free = [t for t in special if t not in taken and t not in str(tokenizer.chat_template or "")]
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        free = [token for token in special if token not in taken | {tokenizer.unk_token}]
+        free = [token for token in free if token not in str(tokenizer.chat_template or "")]
         unknown = [tokenizer.unk_token] if tokenizer.unk_token and tokenizer.unk_token not in taken else []
-        candidates = [t for t in free if "pad" in t.lower()] + unknown + free
+        candidates = [token for token in free if "pad" in token.lower()] + unknown + free
         if not candidates:
             raise InputError(
-                f"{path}: its tokenizer has no padding token that differs from EOS, and no unused special "
-                "token to lend: set `pad_token` in its tokenizer_config.json to a token that texts never contain"
+                f"{path}: its tokenizer has no padding token that differs from EOS, and no unused special token to "
+                "lend: set `pad_token` in its tokenizer_config.json to a token that texts never contain"
             )
         tokenizer.pad_token = candidates[0]
     return tokenizer
@@ -977,23 +948,24 @@ def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config:
         raise model_error("model", path, error) from error
     finally:
         del sharding
+    what = f"{flag} {path}"
     for name, found, wanted in info["mismatched_keys"]:
-        raise InputError(f"{flag} {path}: {name} has the shape {tuple(found)} in its weights, but {tuple(wanted)} is needed")
+        raise InputError(f"{what}: {name} has the shape {tuple(found)} in its weights, but {tuple(wanted)} is needed")
     rows = model.get_input_embeddings().num_embeddings
     beyond = min(((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows), default=None)
     if beyond:
         raise InputError(
-            f"{flag} {path} has {rows} embeddings, but its tokenizer {len(tokenizer)} tokens; the first without one is "
-            f"{beyond[0]}, {beyond[1]!r}: resize the model's embeddings, or take the tokenizer that it was trained with"
+            f"{what} has {rows} embeddings, but its tokenizer {len(tokenizer)} tokens; the first without one is "
+            f"{beyond[0]}, {beyond[1]!r}: resize the model's embeddings, or take the tokenizer of its training"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    for table in model.modules():  # learned positions: beyond the table there are none (OPT's has two rows more)
-        is_table = isinstance(table, torch.nn.Embedding) and table is not model.get_input_embeddings()
-        if is_table and 0 <= table.num_embeddings - positions <= 2 and args.max_length > positions:
-            raise InputError(
-                f"{flag} {path} has {positions} learned positions, but a row may have {args.max_length} tokens: lower "
-                "--max_length (ppo.py: --max_prompt_length or --max_new_tokens)"
-            )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_length
+    tables = [t for t in model.modules() if isinstance(t, torch.nn.Embedding) and t is not model.get_input_embeddings()]
+    sizes = {table.num_embeddings for table in tables}
+    if args.max_length > positions and sizes & {positions, positions + 2}:  # a table ends there (OPT's 2 rows later)
+        raise InputError(
+            f"{what} has {positions} learned positions, but a row may have {args.max_length} tokens: lower "
+            "--max_length (ppo.py: --max_prompt_length or --max_new_tokens)"
+        )
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, info
@@ -1050,10 +1022,10 @@ def load_reward_model(flag: str, path: str, args, tokenizer, engine_config: dict
         raise InputError(f"{what} is no reward model: pass what reward.py wrote")
     if missing:
         with torch.device("meta"):  # the names that a language model of this kind has beside its body
-            known = transformers.AutoModelForCausalLM.from_config(model.config, trust_remote_code=args.trust_remote_code)
-        unused = set(info["unexpected_keys"]) - set(known.state_dict())
-        if unused:
-            raise InputError(f"{what}: {sorted(unused)} would not be used; rename a reward model's head to score.weight")
+            causal = transformers.AutoModelForCausalLM
+            known = causal.from_config(model.config, trust_remote_code=args.trust_remote_code).state_dict()
+        if unused := sorted(set(info["unexpected_keys"]) - set(known)):
+            raise InputError(f"{what}: {unused} would not be used; rename a reward model's head to score.weight")
         config = model.config.get_text_config()
         std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02  # OPT: init_std
         with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
@@ -1073,7 +1045,7 @@ def model_error(what: str, path: str, error: Exception) -> InputError:
     elif folder.exists():
         reason = said(error)
     else:
-        reason = f"there is no such folder, nor could the Hub give it; download it and pass its folder ({said(error)})"
+        reason = f"there is no such folder, nor could the Hub give it; download it and pass that ({said(error)})"
     return InputError(f"cannot load the {what} {path}: {reason}")
 
 
@@ -1105,7 +1077,7 @@ class TargetLogps(torch.autograd.Function):
 
 
 def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, **inputs) -> torch.Tensor:
-    """log π of each label (R, T) that is not -100, row after row: (N,) fp32. The vocabulary head sees no other position."""
+    """log π of each label (R, T) that is not -100, row after row: (N,) fp32. The head sees no other position."""
     keep = labels != NO_LABEL  # R T
     logits = model(logits_to_keep=keep, use_cache=False, **inputs).logits  # N V
     logits = logits[keep] if logits.dim() == 3 else logits  # a model with code of its own may keep all
@@ -1137,7 +1109,7 @@ def check_model(engine, model, args, process: Process) -> bool:
     engine.train()
     apart = outputs(False)  # prefix and end of chosen, prefix and end of rejected
     if differ(apart, outputs(False)):
-        raise InputError(f"{args.model}: scores change from one pass to the next; something in it is random in training")
+        raise InputError(f"{args.model}: scores change from pass to pass; something in it is random in training")
     if differ(apart[0], apart[2]):
         raise InputError(f"{args.model} is not causal: what follows a token changes what the model says before it")
     if (getattr(config, "sliding_window", None) or length) < length:  # in 16 bits this could hide in the rounding
@@ -1243,7 +1215,7 @@ def unsharded(engine):
 
 
 def save_model(engine, model, tokenizer, folder: Path, process: Process) -> None:
-    """Write a Hugging Face folder (safetensors, configuration, tokenizer) from `model`, engine.module or a part of it."""
+    """Write a Hugging Face folder (safetensors, configuration, tokenizer) of `model`, engine.module or a part of it."""
     prefix = next(name for name, module in engine.module.named_modules() if module is model)
     weights = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_stage() == 3 else None
     if weights is not None:
@@ -1287,7 +1259,7 @@ class Sampling(transformers.LogitsProcessor):
 
 
 @torch.no_grad()
-def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, process: Process, temperature=1.0) -> list[list[int]]:
+def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, process, temperature=1.0) -> list[list[int]]:
     """An answer to each of this rank's prompts, EOS included where it ends within its room (in tokens).
 
     Drawn from the model's own distribution: no top-k, no top-p. An answer is a function of its prompt and its seed.
@@ -1342,7 +1314,8 @@ def answer_prompts(engine, model, tokenizer, rows: datasets.Dataset, args, proce
 def write_generations(answers: list[tuple[str, str]], args, process: Process) -> None:
     """(prompt, answer) as AlpacaEval reads them: the last file of a run."""
     dataset = args.eval_dataset or args.dataset
-    same = {"generator": Path(args.output_dir).name, "dataset": Path(dataset).name if Path(dataset).exists() else dataset}
+    dataset = Path(dataset).name if Path(dataset).exists() else dataset
+    same = {"generator": Path(args.output_dir).name, "dataset": dataset}
     results = [
         {"instruction": prompt.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant: "), "output": answer, **same}
         for prompt, answer in answers

@@ -404,7 +404,8 @@ def main(args: Args) -> None:
     critic = scorer_of("--reward_model", args.reward_model)
     critic = common.make_engine(critic, critic_args, critic_config, updates, process)
     scorer = frozen(scorer_of("--reward_model", args.reward_model), critic_args, critic_config) if updates else critic
-    judge = frozen(scorer_of("--judge_model", args.judge_model), critic_args, critic_config) if args.judge_model else None
+    judge = scorer_of("--judge_model", args.judge_model) if args.judge_model else None
+    judge = judge and frozen(judge, critic_args, critic_config)
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
     of_policy = functools.partial(policy_logps, args=args)
     output_dir = common.open_output(args, process, OUTPUTS)
@@ -516,7 +517,8 @@ def main(args: Args) -> None:
                               "the responses are not drawn from the policy's own distribution")
             too_far = 0 < args.max_kl < kl.mean()
             if metrics.add(step, values, last=too_far, prompts=len(batch)):
-                prompt, answer = tokenizer.batch_decode([rollout.prompts[0], rollout.responses[0]], skip_special_tokens=True)
+                first = [rollout.prompts[0], rollout.responses[0]]
+                prompt, answer = tokenizer.batch_decode(first, skip_special_tokens=True)
                 process.print(f"sample: {prompt!r} -> {answer!r} (score {rollout.scores[0]:.2f})")
             if too_far:
                 process.print(f"stopped at step {step}: the KL is above --max_kl {args.max_kl:g}")

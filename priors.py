@@ -8,8 +8,9 @@ responses of a pair are nearly the same. PCRM bounds each pair's margin by a pri
     bound       δ* = β1 / (s + β2) + β3, a constant for the gradient          margin_bound
     loss        L  = -log σ(m) - log σ(δ* - m)                                constrained_ranking_loss
 
-L is one function used twice, `ranking_loss(m) + ranking_loss(δ* - m)`. It is convex and symmetric around its minimum at m = δ*/2: a margin is pushed towards half of its bound, weakly where
-the responses differ (δ* is large, and the second term nearly zero) and strongly where they are alike.
+L is one function used twice, `ranking_loss(m) + ranking_loss(δ* - m)`. It is convex and symmetric around its minimum at
+m = δ*/2: a margin is pushed towards half of its bound, weakly where the responses differ (δ* is large, and the second
+term nearly zero) and strongly where they are alike.
 
 This file needs torch alone (`encode_texts` also transformers) and nothing else of this repository: copy it anywhere.
 Similarities and bounds belong to the data, not to the step: compute them once, before training, and keep them in the

@@ -146,7 +146,7 @@ def encode_pair(row: dict, tokenizer, max_length: int) -> dict:
 
 
 def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> dict[str, torch.Tensor]:
-    """Inputs for B pairs (see common.collate_pairs); the head sees each response's last token, EOS: chosen, rejected."""
+    """Inputs for B pairs (see common.collate_pairs). The head sees the last token, EOS, of chosen and of rejected."""
     inputs, labels, branch, _ = common.collate_pairs(batch, pad_token_id, share_prefix, dtype, device)
     return inputs | {"logits_to_keep": (labels == common.NO_LABEL) & (branch >= 0)}  # R T, 2 B of them True
 
