@@ -106,12 +106,12 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
 
 def check_flags(args, outputs: tuple[str, ...]) -> None:
     """InputError for a value out of range, and for results that must not be replaced; before any work."""
-    ones = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every ppo_epochs minibatches"
-    at_least = dict.fromkeys(ones.split(), 1) | {"temperature": 1e-3}  # of others 0; priors.py checks those of the bound
+    counts = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every minibatches"
+    at_least = dict.fromkeys(f"{counts} ppo_epochs".split(), 1) | {"temperature": 1e-3}  # others 0
     at_most = dict(label_smoothing=0.5, gamma=1, gae_lambda=1)
     for name, value in vars(args).items():
         least, most = at_least.get(name, 0), at_most.get(name, sys.float_info.max)
-        if isinstance(value, int | float) and not re.search("beta[123]|_bound|random_|local_rank", name):
+        if isinstance(value, int | float) and not re.search("beta[123]|_bound|random_|local_rank", name):  # priors.py's
             if not least <= value <= most:
                 limit = f"at most {most}" if value > most and name in at_most else f"at least {least}"
                 raise InputError(f"--{name} is {value}, but must be {limit}")
@@ -522,8 +522,8 @@ def preference_of(row: dict) -> tuple[str, str, str]:
         info, choice, summaries = row["info"], row["choice"], row["summaries"] or ()
         if choice not in (0, 1) or len(summaries) != 2 or not all(isinstance(x, dict) for x in (info, *summaries)):
             raise ValueError(f"info must hold a post, choice (here {choice!r:.80}) be 0 or 1 of 2 texts")
-        post = {"post": info.get("post")}
-        prompt, chosen, rejected = prompt_of(post), *(text(summaries[i], "text") for i in (choice, 1 - choice))
+        prompt = prompt_of({"post": info.get("post")})
+        chosen, rejected = (text(summaries[int(i)], "text") for i in (choice, 1 - choice))
     check_texts(prompt, chosen, rejected)
     return prompt, chosen, rejected
 
@@ -564,7 +564,7 @@ def tokenize(tokenizer, prompt: str, *responses: str) -> list[list[int]]:
 def beginning(tokenizer) -> list[int]:
     """The tokens that the tokenizer itself puts before a text."""
     ids, plain = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
-    return next(ids[:i] for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+    return next((ids[:i] for i in range(len(ids)) if ids[i : i + len(plain)] == plain), [])
 
 
 def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -597,9 +597,9 @@ def load_rows(flag: str, name: str, split: str, encode, process: Process) -> dat
         return datasets.Dataset.from_file(str(path)), json.loads(path.with_suffix(".json").read_text())
 
     def build() -> Path | None:
-        rows = read_rows(flag, name, split)
-        files = data_files(split_name(name)[0])
-        content = [rows._fingerprint if files is None else [digest(files), split_name(name)[1]]]
+        rows, (path, wanted) = read_rows(flag, name, split), split_name(name)
+        files = data_files(path) or sorted(file for file in Path(path).rglob("*") if file.is_file())
+        content = [digest(files) if files else rows._fingerprint, wanted or split]
         content += [{key: value for key, value in encode.keywords.items() if key != "tokenizer"}]
         content += [model_version(encode.keywords["tokenizer"].name_or_path, weights=False)]
         path = cached_path("rows", content + [digest([__file__, encode.func.__code__.co_filename])], ".arrow")
@@ -745,9 +745,9 @@ def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool,
     form is taken, by the tokens that the model would have to read.
 
     Returns:
-        Model inputs: input_ids (R, T), if shared also position_ids (R, T) and attention_mask (R, 1, T, T), to be added to
-        the attention's scores; labels (R, T), the next token of the same response, -100 at its end and in padding;
-        branch (R, T), 0 what both responses begin with, 1 chosen, 2 rejected, -1 padding; positions (R, T).
+        Model inputs: input_ids (R, T), if shared also position_ids (R, T) and attention_mask (R, 1, T, T), added to the
+        attention's scores; labels (R, T), the next token of the same response, -100 at its end and in padding; branch
+        (R, T), 0 what both responses begin with, 1 chosen, 2 rejected, -1 padding; positions (R, T).
     """
     pairs = list(zip(batch["chosen_ids"], batch["rejected_ids"], batch["prefix"]))
     width = max(max(len(chosen), len(rejected)) for chosen, rejected, _ in pairs)
@@ -1304,7 +1304,8 @@ def answer_prompts(engine, model, tokenizer, rows: datasets.Dataset, args, proce
     rooms = [args.max_length - len(ids) for ids in mine]
     answers = sample(engine, model, tokenizer, mine, rooms, seeds, args.micro_batch_size, process)
     texts = [""] * len(prompts)
-    for rank, part in enumerate(gather_objects(tokenizer.batch_decode(answers, skip_special_tokens=True))):
+    mine = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    for rank, part in enumerate(gather_objects(mine)):
         texts[rank :: process.world_size] = part
     for prompt, answer in list(zip(prompts, texts))[:3]:
         process.print(f"sample: {prompt!r} -> {answer!r}")

@@ -151,8 +151,8 @@ def encode_pair(row: dict, tokenizer, max_length: int) -> dict:
 
 
 def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> dict[str, torch.Tensor]:
-    """Inputs for B pairs (see common.collate_pairs), their N response tokens as labels (R, T), elsewhere -100, and whose
-    each is, parts (N,): 3 pair + part, with part 0 both, where the responses begin alike, 1 chosen, 2 rejected.
+    """Inputs for B pairs (see common.collate_pairs), their N response tokens as labels (R, T), elsewhere -100, and
+    whose each is, parts (N,): 3 pair + part, with part 0 both, where the responses begin alike, 1 chosen, 2 rejected.
     """
     inputs, labels, branch, positions = common.collate_pairs(batch, pad_token_id, share_prefix, dtype, device)
     each = len(labels) // len(batch["prefix"])  # rows of a pair
