@@ -26,7 +26,6 @@ import math
 import re
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -197,7 +196,10 @@ def start(seed: int) -> Process:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1  # deepspeed's, torchrun's
         torch.set_num_threads(max(1, cores // int(local_ranks)))
-        keep_freed_memory()
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+            # Keep large blocks that are freed: activations come back each step, and mapping them anew is slow.
+            for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+                libc.mallopt(parameter, 1 << 30)
     wait, work = datetime.timedelta(minutes=1), datetime.timedelta(hours=2)  # for ranks to come; for rank 0 at work
     if not dist.is_initialized():
         try:
@@ -215,13 +217,6 @@ def start(seed: int) -> Process:
     deepspeed.init_distributed(verbose=False, timeout=work)
     transformers.set_seed(seed)
     return Process(rank, world_size, device)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that are freed: activations come back each step, and mapping them anew is slow."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(parameter, 1 << 30)
 
 
 def on_rank_0(process: Process, function, each_machine: bool = False):
@@ -308,14 +303,14 @@ def optional(path: Path, what: str, faults=OSError):
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Another name to write to, which takes the file's place at the end: a file is there whole or not at all."""
+    """Another name to write to, which becomes `path` at the end: a file or folder is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: str) -> None:
@@ -405,10 +400,9 @@ def read_rows(flag: str, name: str, split: str):
     only one); in a file it keeps the rows whose column `split` says so. A file without it is used whole. A pattern such
     as part-*.jsonl stands for all files that match, where no file has that very name.
     """
-    path, wanted = split_name(name)
-    where, files = f"{flag} {name}", None
+    where, path = f"{flag} {name}", name
     try:
-        files = data_files(path)
+        path, wanted, files = find_files(name)
         if files is None:
             again = "force_redownload" if Path(path).is_dir() else None  # files may change and keep name and time
             splits = datasets.load_dataset(path, download_mode=again)
@@ -418,7 +412,7 @@ def read_rows(flag: str, name: str, split: str):
             return splits[chosen]
         rows = [row for file in files for row in read_file(file)]
     except InputError as error:
-        raise InputError(f"{where}: {error}" if files else error) from error
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
     except Exception as error:  # the libraries raise many kinds: an unreachable Hub, a loading script, a broken file
         reason = said(error)
         if not Path(path).exists():
@@ -432,24 +426,23 @@ def read_rows(flag: str, name: str, split: str):
     return rows
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """(path, SPLIT) of path:SPLIT."""
+def find_files(name: str) -> tuple[str, str, list[Path] | None]:
+    """Path and SPLIT of path:SPLIT, and the files that the path, a pattern or an hf:// address stands for.
+
+    None for a folder or the name of a data set.
+    """
     path, _, wanted = name.rpartition(":")
-    return (name, "") if not path or "/" in wanted or Path(name).exists() else (path, wanted)
-
-
-def data_files(path: str) -> list[Path] | None:
-    """The files that a path, a pattern or an hf:// address stands for; None for a folder or the name of a data set."""
+    path, wanted = (name, "") if not path or "/" in wanted or Path(name).exists() else (path, wanted)
     address = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?/(.+)", path)
     if Path(path).suffix not in (".json", ".jsonl", ".parquet"):
         if address or Path(path).is_file():
-            raise InputError(f"{path}: a data file ends with .json, .jsonl or .parquet")
-        return None
-    if address and not Path(path).is_file():
-        name, revision, pattern = address.groups()
-        where = huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=pattern)
-        return sorted(Path(where).glob(pattern))
-    return [Path(path)] if Path(path).is_file() else sorted(map(Path, glob.glob(path)))
+            raise InputError("a data file ends with .json, .jsonl or .parquet")
+        return path, wanted, None
+    if address:
+        repo, revision, pattern = address.groups()
+        where = huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=pattern)
+        return path, wanted, sorted(Path(where).glob(pattern))
+    return path, wanted, [Path(path)] if Path(path).is_file() else sorted(map(Path, glob.glob(path)))
 
 
 def read_file(path: Path) -> list[dict]:
@@ -597,8 +590,8 @@ def load_rows(flag: str, name: str, split: str, encode, process: Process) -> dat
         return datasets.Dataset.from_file(str(path)), json.loads(path.with_suffix(".json").read_text())
 
     def build() -> Path | None:
-        rows, (path, wanted) = read_rows(flag, name, split), split_name(name)
-        files = data_files(path) or sorted(file for file in Path(path).rglob("*") if file.is_file())
+        rows, (path, wanted, files) = read_rows(flag, name, split), find_files(name)
+        files = files or sorted(file for file in Path(path).rglob("*") if file.is_file())
         content = [digest(files) if files else rows._fingerprint, wanted or split]
         content += [{key: value for key, value in encode.keywords.items() if key != "tokenizer"}]
         content += [model_version(encode.keywords["tokenizer"].name_or_path, weights=False)]
@@ -728,12 +721,11 @@ def collate_rows(ids: list[list[int]], starts: list[int], pad_token_id: int, dev
         input_ids (R, T); labels (R, T), the next token from each row's start on, else -100.
     """
     labels = [[NO_LABEL] * (start - 1) + row[start:] + [NO_LABEL] for row, start in zip(ids, starts)]
-    rows = {"input_ids": (ids, pad_token_id), "labels": (labels, NO_LABEL)}
-    return {name: padded(values, padding).to(device) for name, (values, padding) in rows.items()}
-
-
-def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], True, value)  # R T
+    input_ids, labels = (
+        pad_sequence([torch.tensor(row) for row in rows], True, value).to(device)
+        for rows, value in ((ids, pad_token_id), (labels, NO_LABEL))
+    )
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> tuple[dict, ...]:
@@ -764,8 +756,10 @@ def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool,
         else:
             for branch, ids in ((1, chosen), (2, rejected)):
                 rows.append((ids, ids[1:] + [NO_LABEL], [branch] * len(ids), [*range(len(ids))]))
-    columns = [padded(column, value) for column, value in zip(zip(*rows), (pad_token_id, NO_LABEL, -1, 0))]
-    input_ids, labels, branch, positions = (column.to(device) for column in columns)  # each R T
+    input_ids, labels, branch, positions = (
+        pad_sequence([torch.tensor(row) for row in column], True, value).to(device)
+        for column, value in zip(zip(*rows), (pad_token_id, NO_LABEL, -1, 0))
+    )  # each R T
     inputs = {"input_ids": input_ids}
     if shared:
         visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # R T T
@@ -867,19 +861,13 @@ def toy_model() -> str:
     """
     source = DATA / "toy"
     folder = cached_path("toy", digest(sorted(source.iterdir())), "")
-    if folder.exists():
-        return str(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(source))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix="part-", dir=folder.parent))
-    shutil.copytree(source, part, dirs_exist_ok=True)
-    model.save_pretrained(part)
-    try:
-        part.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(part)
+    if not folder.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(source))
+        with contextlib.suppress(OSError), writing(folder) as part:  # another process may be first
+            shutil.copytree(source, part)
+            model.save_pretrained(part)
     return str(folder)
 
 
@@ -1222,14 +1210,11 @@ def save_model(engine, model, tokenizer, folder: Path, process: Process) -> None
         weights = {name.removeprefix(f"{prefix}."): value for name, value in weights.items()}
 
     def write() -> None:
-        part = folder.with_name(folder.name + ".part")
         try:
-            shutil.rmtree(part, ignore_errors=True)
-            model.save_pretrained(part, state_dict=weights)
-            tokenizer.save_pretrained(part)
-            part.rename(folder)
+            with writing(folder) as part:
+                model.save_pretrained(part, state_dict=weights)
+                tokenizer.save_pretrained(part)
         except Exception as error:  # OSError, and safetensors' own
-            shutil.rmtree(part, ignore_errors=True)
             size = sum(value.numel() * value.element_size() for value in (weights or model.state_dict()).values())
             raise InputError(f"cannot write {folder}, which takes {size / 1e9:.3g} GB: {said(error)}") from error
 

@@ -47,32 +47,27 @@ class Args:
     task: Literal["toy", "alpaca", "tldr"] = "toy"
     """Sets prompts, lengths and every hyperparameter: the embedded task, or the paper's dialogue or summarization."""
     policy_model: str = ""  # Folder or Hub id of the SFT model: where the policy starts, and the frozen reference.
-    reward_model: str = ""
-    """Folder or Hub id of the reward model, with the same tokenizer: frozen, and where the critic starts."""
-    judge_model: str = ""
-    """Folder or Hub id of a second reward model for evaluation: its score, and the win rate against the SFT answers."""
+    reward_model: str = ""  # Folder or Hub id, with the same tokenizer: frozen, and where the critic starts.
+    judge_model: str = ""  # A second reward model for evaluation: its score, and the win rate against the SFT answers.
     dataset: str = str(common.DATA / "prompts_train.jsonl")
     """Prompts to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
     eval_dataset: str = str(common.DATA / "prompts_eval.jsonl")
-    """Held-out prompts; empty: min(500, 10 %) of --dataset, drawn by --seed."""
+    """Held-out prompts; empty: min(500, 10 %), drawn by --seed."""
     output_dir: str = ""  # Where results go; empty: runs/ppo-<time>.
     overwrite: bool = False  # Replace the finished run in --output_dir.
 
     kl_coef: float = 0.1  # Reward taken for each nat of log π - log π_ref.
     max_kl: float = 100.0  # KL from the reference, in nats per response, above which the run stops; 0: no limit.
     score_clip: float = 5.0  # Scores are clipped to ± this before they become rewards.
-    missing_eos_penalty: float = 0.0
-    """Taken from the score of a response that does not end within --max_new_tokens."""
+    missing_eos_penalty: float = 0.0  # Taken from the score of a response that does not end within --max_new_tokens.
     gamma: float = 1.0  # Discount γ per token.
     gae_lambda: float = 0.95  # λ of GAE: 1 trusts the rewards alone, 0 the critic.
     cliprange: float = 0.2  # ε of the policy loss.
     cliprange_value: float = 0.2  # ε of the value loss.
     ppo_epochs: int = 1  # Passes over the responses of a step.
     minibatches: int = 1  # Parts of a step's responses, each an optimizer step of both engines.
-    temperature: float = 1.0
-    """Of sampling; log-probabilities are those of the distribution that is sampled."""
-    generate: int = 48
-    """Held-out prompts that are answered before and after training, into generations.json; 0: none."""
+    temperature: float = 1.0  # Of sampling; log-probabilities are those of the distribution that is sampled.
+    generate: int = 48  # Held-out prompts that are answered before and after training, into generations.json; 0: none.
 
     max_prompt_length: int = 64  # Tokens of a prompt; longer ones are dropped and counted.
     max_new_tokens: int = 96  # Tokens of a response at most, EOS included.
@@ -81,18 +76,14 @@ class Args:
     weight_decay: float = 0.0  # AdamW's, on everything but biases and norm weights.
     epochs: int = 16  # Passes over the prompts; 0: evaluate only.
     max_steps: int = 0  # Steps (rollouts) at most; 0: no limit.
-    micro_batch_size: int = 48
-    """Rows per rank and forward pass, at most: cut down to a rank's share of a minibatch."""
+    micro_batch_size: int = 48  # Rows per rank and forward pass, at most: cut down to a rank's share of a minibatch.
     global_batch_size: int = 48  # Prompts per step, over all ranks and micro batches.
     policy_zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards of the policy: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
-    critic_zero_stage: Literal[0, 1, 2, 3] = 0
-    """The same of the critic. At 3 the frozen model beside it is sharded too."""
+    critic_zero_stage: Literal[0, 1, 2, 3] = 0  # The same of the critic. At 3 the frozen models are sharded too.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of weights and activations; bf16 and fp16 keep fp32 master weights."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
+    gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the prompts and the sampled responses.
     log_every: int = 5  # Steps between lines of metrics; the first step always has one.

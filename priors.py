@@ -32,9 +32,7 @@ def length_ratio(chosen_lengths: torch.Tensor, rejected_lengths: torch.Tensor) -
         chosen_lengths, rejected_lengths: (B,) response lengths in tokens, EOS included, at least 1. The paper's authors
             count from the first token at which the two sequences of the pair differ.
     Returns:
-        (B,) fp32 in (0, 1].
-    Raises:
-        ValueError: shapes that differ, or a length below 1.
+        (B,) fp32 in (0, 1]. ValueError for shapes that differ, or a length below 1.
     """
     _same_shape(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     shorter = torch.minimum(chosen_lengths, rejected_lengths).float()  # B
@@ -53,9 +51,7 @@ def cosine_similarity(
         angular: clamp the cosine to [0, 1] and return (π - arccos(cosine)) / π, in [0.5, 1]: near 1 the angle still
             tells pairs apart that all have a cosine of about 1. False returns the raw cosine, in [-1, 1].
     Returns:
-        (B,) fp32.
-    Raises:
-        ValueError: shapes that differ, an embedding with a value that is not finite, or one that is zero.
+        (B,) fp32. ValueError for shapes that differ, or an embedding that is zero or not finite.
     """
     _same_shape(chosen_embeddings=chosen_embeddings, rejected_embeddings=rejected_embeddings)
     # fp64: arccos is steep at 1, where rounding the cosine to fp32 would move the angle by up to 3e-4.
@@ -76,12 +72,8 @@ def margin_bound(similarity: torch.Tensor, beta1: float, beta2: float = 1e-3, be
     β1 says how fast the bound loosens as the responses differ, β3 moves its floor δ*(1), β2 keeps the fraction finite.
     The paper's settings have δ*(1) ≈ 5, such as (20, 0.001, -15).
 
-    Args:
-        similarity: (B,) from `length_ratio` or `cosine_similarity`.
-    Returns:
-        (B,) fp32, detached, above 0.
-    Raises:
-        ValueError: s + β2 = 0, or a bound that is not positive and finite (NaN included).
+    similarity (B,) is from `length_ratio` or `cosine_similarity`; returns (B,) fp32, detached. ValueError if s + β2 is
+    0, or a bound is not positive and finite (NaN included).
     """
     similarity = similarity.float()
     _require(similarity + beta2 != 0, similarity, f"s + beta2 is 0 with beta2 = {beta2}, so the bound is infinite")
@@ -104,10 +96,7 @@ def random_bound(count: int, low: float, high: float, seed: int) -> torch.Tensor
     A function of its arguments alone: pass another seed each epoch, and row i's bound depends on the row and the epoch
     only, whatever the order of the pairs, the batch size or the number of processes.
 
-    Returns:
-        (count,) fp32 in [low, high].
-    Raises:
-        ValueError: unless 0 < low <= high < inf.
+    Returns (count,) fp32 in [low, high]; ValueError unless 0 < low <= high < inf.
     """
     if not 0 < low <= high < math.inf:
         raise ValueError(f"a random bound needs 0 < low <= high < inf, not low={low}, high={high}")
@@ -117,10 +106,7 @@ def random_bound(count: int, low: float, high: float, seed: int) -> torch.Tensor
 
 def ranking_loss(margin: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """-log σ(m), the ranking loss. With ε = label_smoothing, the share of labels taken to be wrong, in [0, 0.5]:
-    -(1-ε) log σ(m) - ε log σ(-m).
-
-    Returns:
-        The loss of each element, in margin's shape and finite for every finite margin: average it yourself.
+    -(1-ε) log σ(m) - ε log σ(-m). For each element, in margin's shape and finite for every finite margin.
     """
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing is the share of wrong labels, between 0 and 0.5, not {label_smoothing}")
@@ -138,9 +124,7 @@ def constrained_ranking_loss(
         bound: the same shape, δ*; no gradient flows into it.
         label_smoothing: ε of `ranking_loss`, in both terms.
     Returns:
-        The loss of each element, in margin's shape: average it yourself. Finite for every finite margin.
-    Raises:
-        ValueError: shapes that differ, or label_smoothing outside [0, 0.5].
+        The loss of each element, in margin's shape: average it yourself. ValueError where shapes differ.
     """
     if bound is None:
         return ranking_loss(margin, label_smoothing)
@@ -166,9 +150,7 @@ def encode_texts(
         batch_tokens: how many tokens, padding included, one batch may hold.
         progress: wraps the list of batches, for a progress bar, such as `tqdm.tqdm`.
     Returns:
-        (N, H) fp32 on the CPU.
-    Raises:
-        ValueError: another pooling, or "cls" with a causal encoder. What transformers raises if it cannot be loaded.
+        (N, H) fp32 on the CPU. ValueError for another pooling, or "cls" with a causal encoder.
     """
     from transformers import AutoModel, AutoTokenizer
 

@@ -51,11 +51,11 @@ class Args:
     constraint: Literal["none", "len_rat", "cos_sim", "random", "fixed"] = "none"
     """What bounds a margin: nothing, the length ratio, the cosine similarity, or a control without a prior."""
     model: str = ""
-    """Folder or Hub id of the starting model, a causal LM (the SFT model) or a reward model; toy: built when needed."""
+    """Folder or Hub id of a causal LM (the SFT model) or reward model to start from; toy: made when needed."""
     dataset: str = str(common.DATA / "preference_train.jsonl")
     """Pairs to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
     eval_dataset: str = str(common.DATA / "preference_eval.jsonl")
-    """Held-out pairs; empty: those of prompts drawn by --seed, min(500, 10 %) of --dataset."""
+    """Held-out pairs; empty: those of prompts drawn by --seed, min(500, 10 %) of the pairs."""
     ranked_dataset: str = str(common.DATA / "ranked_eval.jsonl")
     """Ranked responses (columns prompt, responses, scores) for rank correlation; empty: none."""
     output_dir: str = ""  # Where results go; empty: runs/reward-<constraint>-<time>.
@@ -67,8 +67,7 @@ class Args:
     fixed_bound: float = 4.5  # The bound of every pair with --constraint fixed.
     random_low: float = 4.0  # Lower end of the bounds drawn with --constraint random.
     random_high: float = 5.0  # Upper end of the bounds drawn with --constraint random.
-    encoder: str = ""
-    """Folder or Hub id of the text encoder of --constraint cos_sim; empty: the starting model's hidden states."""
+    encoder: str = ""  # Folder or Hub id of the text encoder of cos_sim; empty: the starting model's hidden states.
     encoder_pooling: Literal["cls", "mean"] = "mean"
     """A text's embedding: the encoder's last hidden state at the first token, or the mean over all tokens."""
 
@@ -77,16 +76,13 @@ class Args:
     weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
     epochs: int = 5  # Passes over the data; 0: evaluate only.
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
-    micro_batch_size: int = 32
-    """Pairs per rank and forward pass, at most: cut down to a rank's share of the global batch."""
+    micro_batch_size: int = 32  # Pairs per rank and forward pass, at most; cut to a rank's share of the global batch.
     global_batch_size: int = 32  # Pairs per optimizer step, over all ranks and accumulated micro batches.
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of weights and activations; bf16 and fp16 keep fp32 master weights."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
+    gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the pairs, random bounds and the new score head.
     log_every: int = 10  # Optimizer steps between lines of metrics; the first step always has one.

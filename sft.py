@@ -35,8 +35,7 @@ class Args:
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"
     """Sets data, lengths and every hyperparameter: the embedded task, or the paper's dialogue or summarization."""
-    model: str = ""
-    """Folder or Hub id of the starting model, a causal LM; toy: built when needed, with random weights."""
+    model: str = ""  # Folder or Hub id of the starting model, a causal LM; toy: built when needed, with random weights.
     dataset: str = str(common.DATA / "sft_train.jsonl")
     """Rows to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
     eval_dataset: str = str(common.DATA / "sft_eval.jsonl")
@@ -47,22 +46,18 @@ class Args:
     train_on_prompt: bool = False  # Put the prompt's tokens under the loss too.
     generate: int = 16  # Held-out prompts that are answered at the end, into generations.json; 0: none.
 
-    max_length: int = 256
-    """Tokens of prompt + response + EOS; longer demonstrations are dropped and counted, longer answers cut."""
+    max_length: int = 256  # Tokens of prompt + response + EOS; longer rows are dropped, longer answers cut.
     learning_rate: float = 2e-3  # Peak learning rate; cosine to 0.
     weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
     epochs: int = 5  # Passes over the data; 0: evaluate only.
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
-    micro_batch_size: int = 32
-    """Rows per rank and forward pass, at most: cut down to a rank's share of the global batch."""
+    micro_batch_size: int = 32  # Rows per rank and forward pass, at most; cut to a rank's share of the global batch.
     global_batch_size: int = 32  # Rows per optimizer step, over all ranks and accumulated micro batches.
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of weights and activations; bf16 and fp16 keep fp32 master weights."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
+    gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the rows and the sampled answers.
     log_every: int = 10  # Optimizer steps between lines of metrics; the first step always has one.
