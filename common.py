@@ -21,6 +21,7 @@ import errno
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -308,6 +309,8 @@ def writing(path: Path):
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
+        if path.is_dir():
+            shutil.rmtree(path)
         os.replace(part, path)
     finally:
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
@@ -351,16 +354,18 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
     def make() -> str:
         script = Path(sys.modules[type(args).__module__].__file__).stem
         name = "-".join(filter(None, (script, getattr(args, "constraint", ""), time.strftime("%Y%m%d-%H%M%S"))))
-        folder, number = Path(args.output_dir or f"runs/{name}"), 1
-        while not args.output_dir and folder.exists():
-            folder, number = Path(f"runs/{name}-{number}"), number + 1
-        folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
+        for number in itertools.count():  # two runs may start in the same second
+            folder = Path(args.output_dir or f"runs/{name}" + f"-{number}" * (number > 0))
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
+                break
         try:
             filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True).acquire()  # until the process ends
         except filelock.Timeout as error:
             raise InputError(f"--output_dir {folder} is in use by another run: choose another folder") from error
         for old in check_output(args, folder, outputs):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            if old.name != "model" or not args.epochs:  # that stays until the new one is whole
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         args.output_dir = str(folder)
         write_file(folder / "args.json", json.dumps(vars(args), indent=2) + "\n")
         return str(folder)
@@ -570,6 +575,8 @@ def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, dataset
     for i, prompt in enumerate(rows["prompt"][:]):
         same_prompt.setdefault(prompt, []).append(i)
     groups = list(same_prompt.values())
+    if len(groups) == 1 and args.epochs:
+        raise InputError(f"--dataset {args.dataset}: all rows have one prompt, none can be held out: pass --eval_dataset")
     groups = [groups[i] for i in np.random.default_rng(args.seed).permutation(len(groups))]
     for count, group in enumerate(groups, 1):  # all rows of a prompt on one side
         held_out += group
@@ -861,13 +868,16 @@ def toy_model() -> str:
     """
     source = DATA / "toy"
     folder = cached_path("toy", digest(sorted(source.iterdir())), "")
-    if not folder.exists():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(source))
-        with contextlib.suppress(OSError), writing(folder) as part:  # another process may be first
-            shutil.copytree(source, part)
-            model.save_pretrained(part)
+    if folder.exists():
+        with optional(folder, "cannot be read and is made again", Exception):  # cut short
+            transformers.LlamaForCausalLM.from_pretrained(folder)
+            return str(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(source))
+    with writing(folder) as part:
+        shutil.copytree(source, part)
+        model.save_pretrained(part)
     return str(folder)
 
 

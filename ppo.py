@@ -294,34 +294,33 @@ def evaluate(policy, model, reference, scorer, judge, prompts, args, tokenizer, 
     seeds = [[args.seed, row] for row in mine]
     rollout = sample(policy, model, tokenizer, prompts["prompt_ids"][mine], seeds, args, process)
     of_policy = functools.partial(policy_logps, args=args)
-    ratio = per_token(policy, of_policy, rollout, args, collator, process) - per_token(
-        reference, of_policy, rollout, args, collator, process
-    )  # P L
-    kl = torch.where(rollout.is_response, ratio, 0.0).sum(1)  # P
+    logps, ref_logps = (per_token(m, of_policy, rollout, args, collator, process) for m in (policy, reference))  # P L
+    kl = torch.where(rollout.is_response, logps - ref_logps, 0.0).sum(1)  # P
     scores = score(scorer, rollout, args, collator, process)  # P
     judged = score(judge, rollout, args, collator, process) if judge else scores  # P
-    names = ("response_tokens", "ended", "score", "judge", "kl")
-    columns = [rollout.is_response.sum(1), rollout.ended, scores, judged, kl]
-    texts = [dict(prompt=p, answer=tokenizer.decode(r, skip_special_tokens=True))
-             for p, r in zip(prompts["prompt"][mine], rollout.responses)]
-    values = [dict(zip(names, row)) for row in zip(*(column.tolist() for column in columns))]
-    lines = {row: text | value for row, text, value in zip(mine, texts, values)}
+    columns = zip(mine, rollout.responses, rollout.ended.tolist(), scores.tolist(), judged.tolist(), kl.tolist())
+    lines = {
+        row: dict(
+            prompt=prompts[row]["prompt"], answer=tokenizer.decode(response, skip_special_tokens=True),
+            response_tokens=len(response), ended=ended, score=own_score, judge=judge_score, kl=own_kl,
+        )
+        for row, response, ended, own_score, judge_score, own_kl in columns
+    }
     merged = {row: line for part in common.gather_objects(lines) for row, line in part.items()}
     return [merged[row] for row in range(len(prompts))]
 
 
 def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str, float | None]:
     """Means over the held-out prompts; `first` are the answers before training."""
-    scores = np.array([line["score"] for line in lines])
-    judge, before = (np.array([line["judge"] for line in some]) for some in (lines, first))
-    wins = float(np.mean((judge > before) + 0.5 * (judge == before))) if judged else None
+    numbers = ("score", "kl", "response_tokens", "ended", "judge")
+    mean = {name: float(np.mean([line[name] for line in lines])) for name in numbers}
+    scores, before = (np.array([line["score"] for line in some]) for some in (lines, first))
+    wins = [(line["judge"] > old["judge"]) + 0.5 * (line["judge"] == old["judge"]) for line, old in zip(lines, first)]
     return {
-        "score_mean": float(scores.mean()), "score_std": float(scores.std()), "score_max": float(scores.max()),
-        "score_growth": float(scores.mean() - np.mean([line["score"] for line in first])),
-        "kl": float(np.mean([line["kl"] for line in lines])),
-        "response_tokens": float(np.mean([line["response_tokens"] for line in lines])),
-        "ended_by_eos": float(np.mean([line["ended"] for line in lines])),
-        "judge_score": float(judge.mean()) if judged else None, "win_rate": wins,
+        "score_mean": mean["score"], "score_std": float(scores.std()), "score_max": float(scores.max()),
+        "score_growth": float(scores.mean() - before.mean()), "kl": mean["kl"],
+        "response_tokens": mean["response_tokens"], "ended_by_eos": mean["ended"],
+        "judge_score": mean["judge"] if judged else None, "win_rate": float(np.mean(wins)) if judged else None,
     }
 
 
@@ -407,9 +406,8 @@ def main(args: Args) -> None:
         if not len(eval_prompts):
             return []
         with metrics.paused():
-            lines = evaluate(
-                policy, model, reference, scorer, judge, eval_prompts, args, tokenizer, collator, process
-            )
+            models = (policy, model, reference, scorer, judge)
+            lines = evaluate(*models, eval_prompts, args, tokenizer, collator, process)
         metrics.write(step, "eval", eval_metrics(lines, first or lines, judge is not None))
         return lines
 
@@ -461,15 +459,15 @@ def main(args: Args) -> None:
                     weight = process.world_size * accumulation / count
                     losses = []
                     for i, (part, inputs) in enumerate(micro_batches(rollout, rows, args, collator, process)):
-                        mask = is_response[part]
-                        policy_loss, ratio, policy_clipped = policy_losses(
-                            of_policy(policy, inputs), rollout.logps[part][mask], advantages[part][mask], args.cliprange
-                        )  # N, N, N
+                        old_logps, advantage, old_values, target = (
+                            tensor[part][is_response[part]]
+                            for tensor in (rollout.logps, advantages, rollout.values, returns)
+                        )  # each N
+                        logps = of_policy(policy, inputs)  # N
+                        policy_loss, ratio, policy_clipped = policy_losses(logps, old_logps, advantage, args.cliprange)
                         policy.backward(policy_loss.sum() * weight)  # frees its activations before the critic's
-                        value_loss, value_clipped = value_losses(
-                            critic_values(critic, inputs), rollout.values[part][mask], returns[part][mask],
-                            args.cliprange_value,
-                        )  # N, N
+                        values = critic_values(critic, inputs)  # N
+                        value_loss, value_clipped = value_losses(values, old_values, target, args.cliprange_value)
                         critic.backward(value_loss.sum() * weight)
                         losses.append(torch.stack([policy_loss.detach().sum(), value_loss.detach().sum()]))
                         each = [policy_loss, value_loss, policy_clipped, value_clipped, ratio, torch.ones_like(ratio)]
