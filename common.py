@@ -27,6 +27,7 @@ import math
 import re
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -51,10 +52,15 @@ from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
 NO_LABEL = -100
+LOCKS = []  # of output folders, until the process ends
 
 
 class InputError(Exception):
-    """Something that the user can mend. The message says what, where and how, in one line."""
+    """Something that the user can mend. The message says what, where and how, in one line, not too long."""
+
+    def __init__(self, message):
+        message = re.sub(r"\s*\n\s*", " ", str(message))
+        super().__init__(message if len(message) < 900 else f"{message[:600]} ... {message[-200:]}")
 
 
 class Unusable(Exception):
@@ -174,8 +180,8 @@ def find_ranks() -> None:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
     elif missing := [name for name in names if name not in env]:
         raise InputError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} not set: start with deepspeed or torchrun, "
-            "set them too, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} not set, nor by SLURM_ or OMPI_ variables: "
+            "start with deepspeed or torchrun, set them too, or unset WORLD_SIZE"
         )
 
 
@@ -360,7 +366,8 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
                 folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
                 break
         try:
-            filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True).acquire()  # until the process ends
+            LOCKS.append(filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True))
+            LOCKS[-1].acquire()
         except filelock.Timeout as error:
             raise InputError(f"--output_dir {folder} is in use by another run: choose another folder") from error
         for old in check_output(args, folder, outputs):
@@ -409,12 +416,16 @@ def read_rows(flag: str, name: str, split: str):
     try:
         path, wanted, files = find_files(name)
         if files is None:
-            again = "force_redownload" if Path(path).is_dir() else None  # files may change and keep name and time
-            splits = datasets.load_dataset(path, download_mode=again)
-            chosen = wanted or (list(splits)[0] if len(splits) == 1 else split)
-            if chosen not in splits:
-                raise InputError(f"{where}: no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
-            return splits[chosen]
+            with tempfile.TemporaryDirectory() as temporary:
+                here = {}
+                if Path(path).is_dir():  # files may change and keep name and time, and [ or * in a path is no pattern
+                    shutil.copytree(Path(path).resolve(), f"{temporary}/data", copy_function=os.symlink)
+                    here = dict(path=f"{temporary}/data", cache_dir=temporary)
+                splits = datasets.load_dataset(**{"path": path, **here})
+                chosen = wanted or (list(splits)[0] if len(splits) == 1 else split)
+                if chosen not in splits:
+                    raise InputError(f"{where}: no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
+                return splits[chosen].to_list() if here else splits[chosen]
         rows = [row for file in files for row in read_file(file)]
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
@@ -471,9 +482,9 @@ def read_file(path: Path) -> list[dict]:
             number += line[:surrogate].count(b"\n")
             raise InputError(f"line {number} has a lone surrogate, half a character, which is no text") from error
         new = found if whole or not line.strip() else [found]
-        for row in new:
+        for place, row in enumerate(new, 1 if whole else number):
             if not isinstance(row, dict):
-                raise InputError(f"line {number} is not a JSON object: {row!r:.80}")
+                raise InputError(f"{'row' if whole else 'line'} {place} is not a JSON object: {row!r:.80}")
         rows += new
     return rows
 
@@ -576,7 +587,7 @@ def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, dataset
         same_prompt.setdefault(prompt, []).append(i)
     groups = list(same_prompt.values())
     if len(groups) == 1 and args.epochs:
-        raise InputError(f"--dataset {args.dataset}: all rows have one prompt, none can be held out: pass --eval_dataset")
+        raise InputError(f"--dataset {args.dataset} has one prompt, so none can be held out: pass --eval_dataset")
     groups = [groups[i] for i in np.random.default_rng(args.seed).permutation(len(groups))]
     for count, group in enumerate(groups, 1):  # all rows of a prompt on one side
         held_out += group
@@ -599,7 +610,7 @@ def load_rows(flag: str, name: str, split: str, encode, process: Process) -> dat
     def build() -> Path | None:
         rows, (path, wanted, files) = read_rows(flag, name, split), find_files(name)
         files = files or sorted(file for file in Path(path).rglob("*") if file.is_file())
-        content = [digest(files) if files else rows._fingerprint, wanted or split]
+        content = [digest(files) if files else rows._fingerprint, wanted or split]  # not a name, nor a time
         content += [{key: value for key, value in encode.keywords.items() if key != "tokenizer"}]
         content += [model_version(encode.keywords["tokenizer"].name_or_path, weights=False)]
         path = cached_path("rows", content + [digest([__file__, encode.func.__code__.co_filename])], ".arrow")

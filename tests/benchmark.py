@@ -11,11 +11,11 @@ settings and number of threads, one after the other in each round, so that a slo
     ours        the script itself, through the DeepSpeed engine, with logging and TensorBoard
     ours_fixed  (reward, dpo) the same with --constraint fixed: a constrained step should cost no more
     ours_live   (dpo) the same with --live_reference
-    padded      (reward, dpo, ppo) a plain loop: both sides encoded, every sequence padded to --max_length; reward: scores of
-                all positions; dpo: a live reference, response positions alone through the vocabulary head; ppo: prompts padded on the left to
-                256 tokens, for sampling and learning alike
-    trl         TRL's RewardTrainer, DPOTrainer, SFTTrainer or (TRL 1.12) PPOTrainer as it comes on this machine (only where trl is installed;
-                it is no requirement of this project)
+    padded      (reward, dpo, ppo) a plain loop: both sides encoded, every sequence padded to --max_length; reward:
+                scores of all positions; dpo: a live reference, response positions alone through the vocabulary head;
+                ppo: prompts padded on the left to 256 tokens, for sampling and learning alike
+    trl         TRL's RewardTrainer, DPOTrainer, SFTTrainer or (TRL 1.12) PPOTrainer as it comes on this machine (only
+                where trl is installed; it is no requirement of this project)
     trl_skip    (sft, dpo) the same, made to leave out prompt and padding in the vocabulary head, as it does on a GPU
 
 Useful tokens count no padding, and the prompt once for each response. Without --data the lengths are those of TL;DR
@@ -35,7 +35,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,23 +61,15 @@ def tldr_like(count: int) -> list[dict]:
 
 def prepare(args, folder: Path) -> None:
     """Write the model, the rows that all contestants see, and how many useful tokens they hold."""
-    import transformers
-
-    import common
+    import common  # before torch
     import reward
+    import transformers
 
     tokenizer = common.load_tokenizer(args.tokenizer or common.toy_model(), False)
     config = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        max_position_embeddings=2048,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-        **({"num_labels": 1} if args.method == "reward" else {}),
+        vocab_size=49152, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
+        max_position_embeddings=2048, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True, **({"num_labels": 1} if args.method == "reward" else {}),
     )
     transformers.set_seed(0)
     kind = transformers.LlamaForSequenceClassification if args.method == "reward" else transformers.LlamaForCausalLM
@@ -88,25 +79,51 @@ def prepare(args, folder: Path) -> None:
         transformers.LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
         tokenizer.save_pretrained(folder / "reward")
     tokenizer.save_pretrained(folder / "model")
-    rows = list(common.read_rows("--data", args.data, "train")) if args.data else tldr_like(2 * args.pairs)
-    pairs = [reward.Pair(*p) for p in (reward.parse_pair(row, "") for row in rows) if not isinstance(p, str)]
-    random.Random(0).shuffle(pairs)
-    pairs = reward.tokenize(pairs[: 2 * args.pairs], tokenizer, args.max_length, Counter())
+    rows = common.read_rows("--data", args.data, "train") if args.data else tldr_like(2 * args.pairs)
+    texts = [texts for texts in map(text_of, rows) if texts]
+    random.Random(0).shuffle(texts)
+    pairs = [pair for pair in (encoded(row, tokenizer, args) for row in texts[: 2 * args.pairs]) if pair]
     if args.method == "ppo":  # a prompt with two pairs is one prompt
-        pairs = [p for p in {p.prompt: p for p in pairs}.values() if len(tokenizer(p.prompt).input_ids) <= PROMPT]
+        pairs = [p for p in {p["prompt"]: p for p in pairs}.values() if len(tokenizer(p["prompt"]).input_ids) <= PROMPT]
     pairs = pairs[: args.pairs // args.batch * args.batch]
+    if not pairs:
+        sys.exit("no row fits: pass a --tokenizer of a larger vocabulary, or another --max_length")
     with open(folder / "rows.jsonl", "w") as file:
         for p in pairs:
-            row = {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
-            file.write(json.dumps({"prompt": p.prompt, "completion": p.chosen} if args.method == "sft" else row) + "\n")
+            row = {name: p[name] for name in ("prompt", "chosen", "rejected")}
+            row = {"prompt": p["prompt"], "completion": p["chosen"]} if args.method == "sft" else row
+            file.write(json.dumps(row) + "\n")
     (folder / "eval.jsonl").write_text("".join((folder / "rows.jsonl").read_text().splitlines(True)[:8]))
-    sides = [p.chosen_ids for p in pairs] + ([] if args.method == "sft" else [p.rejected_ids for p in pairs])
+    sides = [p["chosen_ids"] for p in pairs] + ([] if args.method == "sft" else [p["rejected_ids"] for p in pairs])
     tokens = sum(map(len, sides))
     (folder / "facts.json").write_text(json.dumps({"rows": len(pairs), "tokens": tokens}))
+    longer = [max(len(p["chosen_ids"]), len(p["rejected_ids"])) - p["prefix"] for p in pairs]
     print(
-        f"{len(pairs)} rows, {tokens} useful tokens, {statistics.mean(p.prefix for p in pairs):.0f} in the prefix, "
-        f"{statistics.mean(max(p.branch_lengths) for p in pairs):.0f} in the longer response"
+        f"{len(pairs)} rows, {tokens} useful tokens, {statistics.mean(p['prefix'] for p in pairs):.0f} in the prefix, "
+        f"{statistics.mean(longer):.0f} in the longer response"
     )
+
+
+def text_of(row: dict) -> dict | None:
+    """A row of any known format as a pair of texts; None if it cannot be used."""
+    import common
+
+    try:
+        prompt, chosen, rejected = common.preference_of(row)
+    except common.Unusable:
+        return None
+    return dict(prompt=prompt, chosen=chosen, rejected=rejected) if chosen != rejected else None
+
+
+def encoded(row: dict, tokenizer, args) -> dict | None:
+    """The columns of a pair as the script makes them; None if it is too long."""
+    import common
+
+    script = importlib.import_module("dpo" if args.method == "dpo" else "reward")
+    try:
+        return script.encode_pair(row, tokenizer, args.max_length)
+    except common.Unusable:
+        return None
 
 
 def ours_ppo(args, folder: Path) -> float:
@@ -114,10 +131,12 @@ def ours_ppo(args, folder: Path) -> float:
     import ppo
 
     out = tempfile.mkdtemp(dir=folder)
-    argv = ["--policy_model", f"{folder}/model", "--reward_model", f"{folder}/reward", "--output_dir", out]
-    argv += ["--dataset", f"{folder}/rows.jsonl", "--eval_dataset", f"{folder}/rows.jsonl", "--generate", "0"]
-    argv += ["--max_prompt_length", str(PROMPT), "--max_new_tokens", str(ANSWER), "--epochs", "1", "--dtype", "bf16"]
-    argv += ["--global_batch_size", str(args.batch), "--micro_batch_size", str(args.batch // 4), "--log_every", "1"]
+    argv = (
+        f"--policy_model {folder}/model --reward_model {folder}/reward --output_dir {out} --generate 0 "
+        f"--dataset {folder}/rows.jsonl --eval_dataset {folder}/rows.jsonl --max_prompt_length {PROMPT} "
+        f"--max_new_tokens {ANSWER} --epochs 1 --dtype bf16 --global_batch_size {args.batch} "
+        f"--micro_batch_size {args.batch // 4} --log_every 1"
+    ).split()
     ppo.main(common.parse_args(ppo.Args, ppo.preset, argv))
     lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
     return statistics.harmonic_mean(line["prompts_per_s"] for line in lines[1:])  # without the first step
@@ -162,7 +181,7 @@ def padded_ppo(args, folder: Path, facts: dict) -> float:
             ids = policy.generate(
                 batch.input_ids, attention_mask=batch.attention_mask, do_sample=True, top_k=0,
                 max_new_tokens=ANSWER, min_new_tokens=ANSWER,
-            )  # fmt: skip
+            )
             mask = torch.cat([batch.attention_mask, torch.ones_like(ids[:, PROMPT:])], 1)
             old, base, old_values = logps(policy, ids, mask), logps(reference, ids, mask), values(critic, ids, mask)
             scores = scorer.score(hidden(scorer, ids, mask)[:, -1]).squeeze(-1).float()
@@ -211,34 +230,15 @@ def trl_ppo(args, folder: Path, facts: dict) -> float:
         for _ in range(2)
     )
     config = PPOConfig(
-        output_dir=tempfile.mkdtemp(dir=folder),
-        per_device_train_batch_size=args.batch,
-        gradient_accumulation_steps=1,
-        local_rollout_forward_batch_size=args.batch,
-        num_ppo_epochs=1,
-        num_mini_batches=1,
-        response_length=ANSWER,
-        total_episodes=facts["rows"],
-        num_sample_generations=0,
-        temperature=1.0,
-        use_cpu=True,
-        bf16=True,
-        gradient_checkpointing=False,
-        learning_rate=1e-5,
-        save_strategy="no",
-        report_to=["tensorboard"],
+        output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=args.batch, gradient_accumulation_steps=1,
+        local_rollout_forward_batch_size=args.batch, num_ppo_epochs=1, num_mini_batches=1, response_length=ANSWER,
+        total_episodes=facts["rows"], num_sample_generations=0, temperature=1.0, use_cpu=True, bf16=True,
+        gradient_checkpointing=False, learning_rate=1e-5, save_strategy="no", report_to=["tensorboard"],
         disable_tqdm=True,
     )
     trainer = PPOTrainer(
-        args=config,
-        processing_class=tokenizer,
-        model=policy,
-        ref_model=reference,
-        reward_model=scorer,
-        value_model=critic,
-        train_dataset=rows,
-        eval_dataset=rows.select(range(args.batch)),
-        callbacks=[clock],
+        args=config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=scorer,
+        value_model=critic, train_dataset=rows, eval_dataset=rows.select(range(args.batch)), callbacks=[clock],
     )
     trainer.train()
     return args.batch * (clock.steps - 1) / (clock.last - clock.first)
@@ -250,12 +250,11 @@ def ours(args, folder: Path, *flags: str) -> float:
     os.environ["PCRM_CACHE"] = tempfile.mkdtemp(dir=folder)
     script = importlib.import_module(args.method)
     out = tempfile.mkdtemp(dir=folder)
-    argv = ["--model", f"{folder}/model", "--dataset", f"{folder}/rows.jsonl", "--eval_dataset", f"{folder}/eval.jsonl"]
-    argv += ["--output_dir", out, "--max_length", str(args.max_length), "--epochs", "1", "--dtype", "bf16"]
-    argv += ["--global_batch_size", str(args.batch), "--micro_batch_size", str(args.batch), "--log_every", "5"]
-    argv += ["--zero_stage", str(args.zero_stage), "--learning_rate", "1e-5", *flags]
-    if args.method != "reward":
-        argv += ["--generate", "0"]
+    argv = (
+        f"--model {folder}/model --dataset {folder}/rows.jsonl --eval_dataset {folder}/eval.jsonl --output_dir {out} "
+        f"--max_length {args.max_length} --epochs 1 --dtype bf16 --global_batch_size {args.batch} --log_every 5 "
+        f"--micro_batch_size {args.batch} --zero_stage {args.zero_stage} --learning_rate 1e-5"
+    ).split() + [*flags, *([] if args.method == "reward" else ["--generate", "0"])]
     script.main(common.parse_args(script.Args, script.preset, argv))
     lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
     lines = [line for line in lines if line["split"] == "train"][1:]  # without the first step, as for the others
@@ -272,15 +271,13 @@ def padded(args, folder: Path, facts: dict) -> float:
 
     import common
 
-    script = importlib.import_module(args.method)
     tokenizer = common.load_tokenizer(str(folder / "model"), False)
     kind = "AutoModelForSequenceClassification" if args.method == "reward" else "AutoModelForCausalLM"
     load = getattr(transformers, kind).from_pretrained
     model = load(folder / "model", dtype=torch.bfloat16)
     reference = load(folder / "model", dtype=torch.bfloat16) if args.method == "dpo" else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    pairs = [script.Pair(**json.loads(line)) for line in open(folder / "rows.jsonl")]
-    script.tokenize(pairs, tokenizer, args.max_length, Counter())
+    pairs = [encoded(json.loads(line), tokenizer, args) for line in open(folder / "rows.jsonl")]
 
     def scores(model, ids):
         hidden = model.base_model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).last_hidden_state
@@ -296,15 +293,15 @@ def padded(args, folder: Path, facts: dict) -> float:
     tokens, since = 0, None
     for start in range(0, len(pairs), args.batch):
         batch = pairs[start : start + args.batch]
-        rows = [p.chosen_ids for p in batch] + [p.rejected_ids for p in batch]
+        rows = [p["chosen_ids"] for p in batch] + [p["rejected_ids"] for p in batch]
         ids = torch.full((len(rows), args.max_length), tokenizer.pad_token_id)
         for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.from_numpy(row)
+            ids[i, : len(row)] = torch.tensor(row)
         ends = torch.tensor([len(row) - 1 for row in rows])
         if args.method == "reward":
             value = scores(model, ids)
         else:
-            begins = torch.tensor([p.prompt_length for p in batch] * 2)
+            begins = torch.tensor([len(p["prompt_ids"]) for p in batch] * 2)
             places = torch.arange(1, args.max_length)
             is_response = (places >= begins[:, None]) & (places <= ends[:, None])
             with torch.no_grad():
@@ -339,18 +336,9 @@ def trl(args, folder: Path, facts: dict) -> float:
         trl.trainer.utils._use_triton = lambda device: True  # read only where it decides which positions are scored
     clock, name = Clock(), {"reward": "Reward", "dpo": "DPO", "sft": "SFT"}[args.method]
     config = getattr(trl, f"{name}Config")(
-        output_dir=tempfile.mkdtemp(dir=folder),
-        per_device_train_batch_size=args.batch,
-        max_length=args.max_length,
-        bf16=True,
-        use_cpu=True,
-        num_train_epochs=1,
-        learning_rate=1e-5,
-        logging_steps=5,
-        save_strategy="no",
-        gradient_checkpointing=False,
-        report_to=["tensorboard"],
-        disable_tqdm=True,
+        output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=args.batch, max_length=args.max_length,
+        bf16=True, use_cpu=True, num_train_epochs=1, learning_rate=1e-5, logging_steps=5, save_strategy="no",
+        gradient_checkpointing=False, report_to=["tensorboard"], disable_tqdm=True,
     )
     rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
     trainer = getattr(trl, f"{name}Trainer")(f"{folder}/model", args=config, train_dataset=rows, callbacks=[clock])
@@ -376,10 +364,7 @@ def main() -> None:
     if args.worker:
         folder = Path(args.folder)
         facts = json.loads((folder / "facts.json").read_text())
-        flags = {
-            "ours_fixed": ["--constraint", "fixed", "--fixed_bound", "4.5"],
-            "ours_live": ["--live_reference"],
-        }
+        flags = {"ours_fixed": "--constraint fixed --fixed_bound 4.5".split(), "ours_live": ["--live_reference"]}
         if args.method == "ppo":
             workers = {"ours": lambda *a: ours_ppo(*a[:2]), "padded": padded_ppo, "trl": trl_ppo}
             speed = workers[args.worker](args, folder, facts)

@@ -8,7 +8,6 @@ responses to one prompt; margins. A seed changes the order of the pairs, the sco
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,26 +19,24 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common
 import reward
 import toy_data
+from helpers import lines
 
 CONSTRAINTS = ["none", "len_rat", "cos_sim", "random", "fixed"]
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def figures(folder: Path, gold: np.ndarray, near: np.ndarray) -> dict[str, float]:
     """The held-out figures of one finished run. gold: true margin of each held-out pair; near: whether a near copy."""
     last = lines(folder / "metrics.jsonl")[-1]
     margin = np.array([line["margin"] for line in lines(folder / "eval.jsonl")])
-    decided = gold != 0
+    decided, args = gold != 0, reward.Args()
+    floor = args.beta1 / (1 + args.beta2) + args.beta3  # δ*(1)
     return {
         "accuracy": last["accuracy"],
         "true order": ((margin > 0) == (gold > 0))[decided].mean(),
         "Spearman with gold": last["ranked_spearman"],
         "mean margin": margin.mean(),
         "largest margin": margin.max(),
-        "near copies over δ*(1)": (margin[near] > 20 / 1.001 - 15).mean(),
+        "near copies over δ*(1)": (margin[near] > floor).mean(),
     }
 
 
@@ -51,15 +48,13 @@ def plot(folder: Path, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     bounded, free = lines(folder / "cos_sim-1" / "eval.jsonl"), lines(folder / "none-1" / "eval.jsonl")
-    similarity = np.array([line["similarity"] for line in bounded])
-    curve = np.linspace(similarity.min(), 1, 200)
+    similarity, bound = np.array(sorted((line["similarity"], line["bound"]) for line in bounded)).T
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, run, title in (
-        (axes[0], free, "ranking loss alone (none)"),
-        (axes[1], bounded, "with the bound (cos_sim)"),
-    ):
-        axis.scatter(similarity, [line["margin"] for line in run], s=8, alpha=0.5, linewidths=0)
-        axis.plot(curve, 20 / (curve + 0.001) - 15, color="C3", label="bound δ*(s)")
+    runs = {"ranking loss alone (none)": free, "with the bound (cos_sim)": bounded}
+    for axis, (title, run) in zip(axes, runs.items()):
+        margin = [line["margin"] for line in run]
+        axis.scatter([line["similarity"] for line in bounded], margin, s=8, alpha=0.5, linewidths=0)
+        axis.plot(similarity, bound, color="C3", label="bound δ*(s)")
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.set(title=title, xlabel="similarity s of the two responses")
     axes[0].set_ylabel("margin m of held-out pairs")
@@ -77,20 +72,19 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = lines(common.DATA / "preference_eval.jsonl")
-    gold = np.array(
-        [toy_data.gold_score(r["prompt"], r["chosen"]) - toy_data.gold_score(r["prompt"], r["rejected"]) for r in rows]
-    )
+    scores = [[toy_data.gold_score(row["prompt"], row[name]) for row in rows] for name in ("chosen", "rejected")]
+    gold = np.subtract(*scores)
     near = np.arange(len(rows)) % 2 == 0  # as toy_data.build() makes them
     for seed in range(1, args.seeds + 1):
         for constraint in args.constraints.split(","):
             out = args.folder / f"{constraint}-{seed}"
             if not (out / "eval.jsonl").exists():
-                argv = ["--constraint", constraint, "--seed", str(seed), "--output_dir", str(out)]
+                argv = ["--output_dir", str(out), *f"--constraint {constraint} --seed {seed}".split()]
                 reward.main(common.parse_args(reward.Args, reward.preset, argv))
 
     table = {
-        c: [figures(args.folder / f"{c}-{s}", gold, near) for s in range(1, args.seeds + 1)]
-        for c in args.constraints.split(",")
+        constraint: [figures(args.folder / f"{constraint}-{seed}", gold, near) for seed in range(1, args.seeds + 1)]
+        for constraint in args.constraints.split(",")
     }
     names = list(next(iter(table.values()))[0])
     print("| constraint | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))

@@ -14,19 +14,18 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-import transformers
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import common
+import common  # before torch
 import dpo
+import numpy as np
 import ppo
 import reward
 import sft
+import torch
 import toy_data
+import transformers
 from helpers import lines
 
 CONSTRAINTS = ["none", "cos_sim", "len_rat"]
@@ -58,16 +57,15 @@ def gold(folder: Path, seed: int) -> dict[str, float]:
 
 def run_dpo(folder: Path, start: Path, constraint: str, seed: int) -> dict[str, float]:
     out = folder / f"dpo-{constraint}-{seed}"
-    model = run(dpo, out, "--constraint", constraint, "--model", str(start), "--seed", str(seed))
+    model = run(dpo, out, "--model", str(start), *f"--constraint {constraint} --seed {seed}".split())
     last = lines(out / "metrics.jsonl")[-1]
     return gold(model, seed) | {name: last[name] for name in ("accuracy", "margin_mean", "margin_max", "kl")}
 
 
 def run_ppo(folder: Path, start: Path, constraint: str, seed: int) -> dict[str, float]:
     made = folder / f"reward-{constraint}-{seed}"
-    flags = ["--seed", str(seed), "--output_dir", str(made)]
     if not (made / "eval.jsonl").exists():
-        argv = ["--constraint", constraint, "--model", str(start), *flags]
+        argv = ["--model", str(start), "--output_dir", str(made), *f"--constraint {constraint} --seed {seed}".split()]
         reward.main(common.parse_args(reward.Args, reward.preset, argv))
     out, answers, evaluate = folder / f"ppo-{constraint}-{seed}", [], ppo.evaluate
 
@@ -76,8 +74,8 @@ def run_ppo(folder: Path, start: Path, constraint: str, seed: int) -> dict[str, 
         return answers[-1]
 
     ppo.evaluate = spy
-    flags = ["--policy_model", str(start), "--reward_model", str(made / "model"), "--eval_every", "16"]
-    model = run(ppo, out, *flags, "--seed", str(seed), "--log_every", "1")
+    models = ["--policy_model", str(start), "--reward_model", str(made / "model")]
+    model = run(ppo, out, *models, *f"--eval_every 16 --seed {seed} --log_every 1".split())
     ppo.evaluate = evaluate
     if answers:  # gold score of the answers at each evaluation
         scores = [np.mean([toy_data.gold_score(a["prompt"], a["answer"]) for a in each]) for each in answers]

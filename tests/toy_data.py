@@ -1,12 +1,15 @@
 """The embedded task: a shop clerk is asked where goods are. Writes the files of `data/`, and scores answers.
 
-    python tests/toy_data.py            write data/*.jsonl again (a function of SEED: the files do not change)
+    python tests/toy_data.py            write data/ again (a function of SEED: the files do not change)
     python tests/toy_data.py --check    exit 1 if the files differ from what would be written
 
 The quality of an answer is known here: `gold_score` reads it off the text by rules. Preferences are sampled from it by
 Bradley-Terry, P(a is chosen over b) = σ(gold(a) - gold(b)), so that labels are noisy as people's are, and whatever a
 model learned from them can be compared with the truth. Half of the pairs are near copies, one sentence edited: there
 the similarity is high and the bound of PCRM tight. The other half are two answers drawn independently.
+
+`data/toy/` is the starting model without its weights, which common.py draws: a byte-level BPE of 512 tokens, trained on
+the texts of the *_train files, and the configuration of a Llama of 0.9 million parameters.
 """
 
 import json
@@ -14,6 +17,7 @@ import math
 import random
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 SEED = 42
@@ -182,16 +186,53 @@ def build() -> dict[str, list[dict]]:
     }
 
 
+def build_toy(files: dict[str, list[dict]]) -> dict[str, str]:
+    """The files of data/toy/: name -> text."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rows = [row for name, rows in sorted(files.items()) if name.endswith("_train.jsonl") for row in rows]
+    bpe.train_from_iterator((text for row in rows for text in row.values()), trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=1024
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=1024, initializer_range=0.1, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, architectures=["LlamaForCausalLM"], dtype=torch.float32,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (tokenizer, config, transformers.GenerationConfig.from_model_config(config)):
+            part.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
+
+
+def same(written: str, text: str) -> bool:
+    """Whether two files say the same, whichever release of transformers wrote them."""
+    version = r'"transformers_version": "[^"]*"'
+    return re.sub(version, "", written) == re.sub(version, "", text)
+
+
 def main() -> int:
-    changed = []
-    for name, rows in build().items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+    changed, files = [], build()
+    texts = {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in files.items()}
+    texts |= {f"toy/{name}": text for name, text in build_toy(files).items()}
+    for name, text in texts.items():
         path = DATA / name
-        if not path.exists() or path.read_text() != text:
+        if not path.exists() or not same(path.read_text(encoding="utf-8"), text):
             changed.append(name)
             if "--check" not in sys.argv:
-                DATA.mkdir(exist_ok=True)
-                path.write_text(text)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
     print("changed: " + ", ".join(changed) if changed else "data/ is as the generator writes it")
     return 1 if changed and "--check" in sys.argv else 0
 
