@@ -260,12 +260,13 @@ def test_two_ranks_and_a_new_commit(runs, ends):
 
 
 def test_a_filled_cache_is_enough(runs, ends):
-    """What is named by an id needs no network once it was read: models, encoder, data. What was not read is named."""
+    """What the Hub gave once needs no network: models, encoder, data by id and at hf://. What was not read is named."""
     commands = {
         "offline sft": f"sft --task tldr {LM} --generate 0",
         "offline ppo": f"ppo --task tldr {TASKS['ppo tldr']}",
         "offline reward": f"reward --task alpaca {LM} --constraint cos_sim {runs.pairs}",
         "offline dpo": f"dpo {LM} --constraint cos_sim --generate 0 {runs.pairs}",
+        "offline hf": f"reward --task tldr {TASKS['reward tldr']}",
         "offline other": "sft --model someone/unread",
     }
     offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "PCRM_CACHE": str(runs.folder / "empty")}
