@@ -1010,12 +1010,11 @@ class Scorer(torch.nn.Module):
         super().__init__()
         self.classifier, self.config, self.dtype = classifier, classifier.config, classifier.dtype
 
-    def forward(self, logits_to_keep: torch.Tensor, **inputs):
+    def forward(self, logits_to_keep: torch.Tensor, use_cache: bool = False, **inputs):
         """logits: scores (N,) fp32 where logits_to_keep (R, T) is True."""
-        hidden = self.classifier.base_model(**inputs).last_hidden_state[logits_to_keep]  # R T H -> N H
-        return transformers.modeling_outputs.SequenceClassifierOutput(
-            logits=self.classifier.score(hidden).squeeze(-1).float()
-        )
+        hidden = self.classifier.base_model(use_cache=use_cache, **inputs).last_hidden_state  # R T H
+        scores = self.classifier.score(hidden[logits_to_keep]).squeeze(-1).float()  # N
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=scores)
 
 
 def load_reward_model(flag: str, path: str, args, tokenizer, engine_config: dict, new_head: bool = False) -> Scorer:

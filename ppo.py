@@ -239,14 +239,14 @@ def policy_logps(policy, inputs: dict, args: Args) -> torch.Tensor:
 def critic_values(critic, inputs: dict) -> torch.Tensor:
     """The critic's value before each response token, (N,)."""
     keep = inputs["labels"] != common.NO_LABEL  # R T
-    return critic(input_ids=inputs["input_ids"], logits_to_keep=keep, use_cache=False).logits
+    return critic(input_ids=inputs["input_ids"], logits_to_keep=keep).logits
 
 
 def last_scores(scorer, inputs: dict) -> torch.Tensor:
     """The reward model's score at the last token of each row, never at padding: (R,)."""
     before_last = inputs["labels"] != common.NO_LABEL  # R T
     keep = before_last.roll(1, 1) & ~before_last  # R T
-    return scorer(input_ids=inputs["input_ids"], logits_to_keep=keep, use_cache=False).logits
+    return scorer(input_ids=inputs["input_ids"], logits_to_keep=keep).logits
 
 
 def sample(engine, model, tokenizer, prompts: list[list[int]], seeds: list, args: Args, process) -> Rollout:

@@ -11,9 +11,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PCRM_CACHE"] = tempfile.mkdtemp(prefix="pcrm-tests-")
 
+import common  # before torch
 import pytest
-
-import common
 import reward
 
 
@@ -32,17 +31,18 @@ def tokenizer(toy):
     return common.load_tokenizer(toy, False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(process):
-    """run(script, "--constraint", "fixed", ...) runs a script's main in this process."""
+    """run(script, "--flag", "value", ...) or run(script, "--flag value ...") runs a script's main in this process."""
 
     def call(script, *argv: str) -> None:
-        script.main(common.parse_args(script.Args, script.preset, list(argv)))
+        argv = argv[0].split() if len(argv) == 1 else list(argv)
+        script.main(common.parse_args(script.Args, script.preset, argv))
 
     return call
 
 
 @pytest.fixture
 def train(run):
-    """train("--constraint", "fixed", ...) runs reward.py's main in this process."""
+    """run() of reward.py."""
     return functools.partial(run, reward)

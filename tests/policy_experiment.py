@@ -18,14 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import common  # before torch
-import dpo
+
 import numpy as np
+import torch
+import transformers
+
+import dpo
 import ppo
 import reward
 import sft
-import torch
 import toy_data
-import transformers
 from helpers import lines
 
 CONSTRAINTS = ["none", "cos_sim", "len_rat"]

@@ -1,55 +1,41 @@
-"""ppo.py: rewards, advantages and losses by hand, log-probabilities and padding, the four models, runs, bad input."""
+"""ppo.py: rewards, advantages and losses by hand, log-probabilities and padding, what a token weighs, runs."""
 
-import dataclasses
+import functools
 import json
 import math
-import re
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import transformers
 
 import common
-import dpo
 import ppo
 import reward
 import sft
-from helpers import launch, lines, rows_file
+from helpers import lines, rows_file
+from ranks import on_two_ranks
 
-CPU = torch.device("cpu")
-SHORT = [
-    "--max_steps",
-    "2",
-    "--log_every",
-    "1",
-    "--global_batch_size",
-    "16",
-    "--generate",
-    "6",
-    "--max_new_tokens",
-    "24",
-]
+SHORT = "--max_steps 2 --log_every 1 --global_batch_size 16 --generate 6 --max_new_tokens 24"
 KEYS = set(
     "step split lr policy_grad_norm critic_grad_norm score_mean score_std score_max score_growth kl entropy "
     "response_tokens ended_by_eos policy_loss value_loss policy_clipfrac value_clipfrac explained_variance ratio_mean "
     "returns_mean prompts_per_s seconds_sample seconds_score seconds_learn".split()
 )
 EVAL_KEYS = set(
-    "step split score_mean score_std score_max score_growth kl response_tokens ended_by_eos judge_score win_rate".split()
+    "step split score_mean score_std score_max score_growth kl response_tokens ended_by_eos judge_score "
+    "win_rate".split()
 )
 
 
 @pytest.fixture(scope="module")
-def models(process, tmp_path_factory) -> list[str]:
+def models(run, tmp_path_factory) -> str:
     """Flags that name a policy of some SFT and a reward model of some training."""
     out = tmp_path_factory.mktemp("models")
-    for script, argv in (
-        (sft, ["--max_steps", "60", "--generate", "0", "--output_dir", str(out / "sft")]),
-        (reward, ["--max_steps", "5", "--model", str(out / "sft" / "model"), "--output_dir", str(out / "reward")]),
-    ):
-        script.main(common.parse_args(script.Args, script.preset, argv))
-    return ["--policy_model", str(out / "sft" / "model"), "--reward_model", str(out / "reward" / "model")]
+    few = rows_file(out, *lines(common.DATA / "preference_eval.jsonl")[:8])
+    run(sft, f"--max_steps 60 --generate 0 --output_dir {out}/sft")
+    run(reward, f"--max_steps 5 --model {out}/sft/model --eval_dataset {few} --output_dir {out}/reward")
+    return f"--policy_model {out}/sft/model --reward_model {out}/reward/model"
 
 
 # ---------------------------------------------------------------- by hand
@@ -102,7 +88,7 @@ def test_moments_are_of_the_masked_values(process):
 
 
 def test_a_two_token_bandit_learns_the_better_token(process):
-    """One-token responses, score 1 for token 1 and 0 for token 0: from 50 % to over 95 % by the file's own functions."""
+    """One-token responses, score 1 for token 1 and 0 for token 0: from 50 % to over 95 % by ppo.py's own functions."""
     torch.manual_seed(0)
     logits = torch.zeros(2, requires_grad=True)
     optimizer, mask = torch.optim.Adam([logits], lr=0.1), torch.ones(64, 1, dtype=torch.bool)
@@ -125,70 +111,151 @@ def test_a_two_token_bandit_learns_the_better_token(process):
 
 @pytest.fixture(scope="module")
 def four(models, process):
-    """(args, tokenizer, policy, critic, scorer) and a rollout of prompts of different lengths."""
-    args = common.parse_args(ppo.Args, ppo.preset, [*models, "--temperature", "0.7", "--micro_batch_size", "3"])
+    """What calls on a rollout need, the policy, the critic, the reward model, and a rollout of uneven prompts."""
+    argv = f"{models} --temperature 0.7 --micro_batch_size 3".split()
+    args = common.parse_args(ppo.Args, ppo.preset, argv)
     tokenizer = common.load_tokenizer(args.policy_model, False)
-    own, config = ppo.engine_args(args, "policy"), common.engine_config(ppo.engine_args(args, "policy"), 1)
-    policy = ppo.Policy(ppo.load_policy(args.policy_model, own, tokenizer, config), args.temperature)
-    critic = ppo.Critic(ppo.load_reward_model(args.reward_model, own, tokenizer, config))
-    scorer = ppo.Scorer(ppo.load_reward_model(args.reward_model, own, tokenizer, config))
-    texts = [
-        "Customer: Do you sell milk?\nClerk:\n",
-        "Where?\n",
-        "Customer: Hello! I am looking for soap.\nClerk:\n",
-    ] * 3
-    prompts = [np.array(tokenizer(text).input_ids, np.int32) for text in texts]
-    torch.manual_seed(0)
-    return args, tokenizer, policy, critic, scorer, ppo.sample(policy, policy.model, tokenizer, prompts, args, process)
+    own = ppo.engine_args(args, "policy")
+    rest = own, tokenizer, common.engine_config(own, 1)
+    policy = common.load_language_model("--policy_model", args.policy_model, *rest)
+    critic, scorer = (common.load_reward_model("--reward_model", args.reward_model, *rest) for _ in range(2))
+    texts = ["Customer: Do you sell milk?\nClerk:\n", "Where?\n", "Customer: Hello! I need soap.\nClerk:\n"] * 3
+    prompts = [tokenizer(text).input_ids for text in texts]
+    rollout = ppo.sample(policy, policy, tokenizer, prompts, [[0, row] for row in range(9)], args, process)
+    collator = functools.partial(ppo.collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
+    return (args, collator, process), tokenizer, policy, critic, scorer, rollout
 
 
-def test_padding_on_either_side_changes_nothing(four, process):
-    """log π as sampling drew it (left-padded, token by token), as training computes it (right-padded, in micro batches)
-    and of each sequence alone; values and scores likewise, the score from the last real token."""
-    args, tokenizer, policy, critic, scorer, rollout = four
+def logps_alone(model, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:
+    """log π of each response token, from the model's own logits, without padding."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def values_alone(classifier, prompt: list[int], response: list[int]) -> torch.Tensor:
+    hidden = classifier.base_model(torch.tensor([prompt + response])).last_hidden_state
+    return classifier.score(hidden)[0, len(prompt) - 1 : -1, 0]
+
+
+def test_padding_on_either_side_changes_nothing(four):
+    """log π as training computes it (padded, in micro batches) and of each sequence alone; values and scores likewise,
+    the score from the last real token."""
+    rest, tokenizer, policy, critic, scorer, rollout = four
     lengths = rollout.is_response.sum(1)
     assert len(set(lengths.tolist())) > 2 and lengths.tolist() == [len(r) for r in rollout.responses]
-    logps = ppo.per_token(policy, rollout, args, tokenizer, process)
-    values = ppo.per_token(critic, rollout, args, tokenizer, process)
-    scores = ppo.score(scorer, rollout, args, tokenizer, process)
-    assert torch.allclose(rollout.logps[rollout.is_response], logps[rollout.is_response], atol=1e-4)  # ratio 1
+    logps = ppo.per_token(policy, functools.partial(ppo.policy_logps, args=rest[0]), rollout, *rest)
+    values, scores = ppo.per_token(critic, ppo.critic_values, rollout, *rest), ppo.score(scorer, rollout, *rest)
     for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses)):
-        ids = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
         with torch.no_grad():
-            logits = policy.model(ids).logits[0, len(prompt) - 1 : -1] / 0.7
-            hidden = critic.classifier.base_model(ids).last_hidden_state[0, len(prompt) - 1 : -1]
-            alone = scorer.classifier(ids).logits.item()
-        own = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+            own, value = logps_alone(policy, prompt, response, 0.7), values_alone(critic.classifier, prompt, response)
+            alone = scorer.classifier(torch.tensor([prompt + response])).logits.item()
         assert torch.allclose(logps[i, : len(response)], own, atol=1e-4)
-        assert torch.allclose(values[i, : len(response)], critic.classifier.score(hidden)[:, 0], atol=1e-4)
+        assert torch.allclose(values[i, : len(response)], value, atol=1e-4)
         assert scores[i].item() == pytest.approx(alone, abs=1e-4)
-        assert (response[:-1] != tokenizer.eos_token_id).all() and rollout.ended[i] == (response[-1] == 2)
+        assert tokenizer.eos_token_id not in response[:-1]
+        assert rollout.ended[i] == (response[-1] == tokenizer.eos_token_id)
 
 
-def test_sampling_samples_what_it_says(four, process):
-    """The mean of log π over many draws of a first token is its entropy, at the temperature asked for, within 4 standard
-    errors; a model's own greedy settings are not obeyed."""
-    args, tokenizer, policy, *_ = four
-    policy.model.generation_config.top_k = 1
-    one = dataclasses.replace(args, max_new_tokens=1, micro_batch_size=500)
-    prompt = np.array(tokenizer("Customer: Do you sell milk?\nClerk:\n").input_ids, np.int32)
-    drawn = ppo.sample(policy, policy.model, tokenizer, [prompt] * 2000, one, process).logps[:, 0]
+def test_sampling_samples_what_it_says(four):
+    """The mean of log π over many draws of a first token is minus its entropy, at the temperature asked for, within 4
+    standard errors; a model's own greedy settings are not obeyed."""
+    (args, collator, process), tokenizer, policy, *_ = four
+    policy.generation_config.top_k = 1
+    one = replace(args, max_new_tokens=1, micro_batch_size=500)
+    prompts = [tokenizer("Customer: Do you sell milk?\nClerk:\n").input_ids] * 2000
+    drawn = ppo.sample(policy, policy, tokenizer, prompts, [[1, row] for row in range(2000)], one, process)
+    of_policy = functools.partial(ppo.policy_logps, args=one)
+    logp = ppo.per_token(policy, of_policy, drawn, one, collator, process)[:, 0]
     with torch.no_grad():
-        logps = (policy.model(torch.from_numpy(prompt).long()[None]).logits[0, -1] / 0.7).log_softmax(0)
+        logps = (policy(torch.tensor(prompts[:1])).logits[0, -1] / 0.7).log_softmax(0)
     entropy = -(logps.exp() * logps).sum().item()
     assert entropy > 0.5
-    assert -drawn.mean().item() == pytest.approx(entropy, abs=4 * drawn.std().item() / 2000**0.5)
+    assert -logp.mean().item() == pytest.approx(entropy, abs=4 * logp.std().item() / 2000**0.5)
 
 
-def test_a_reward_model_that_returns_nan_is_refused(four, process):
-    args, tokenizer, _, _, scorer, rollout = four
+def test_a_reward_model_that_returns_nan_is_refused(four):
+    rest, _, _, _, scorer, rollout = four
 
-    class Broken(torch.nn.Module):
-        def forward(self, **batch):
-            return scorer(**batch) * math.nan
+    def broken(**inputs):
+        output = scorer(**inputs)
+        output.logits *= math.nan
+        return output
 
     with pytest.raises(common.InputError, match="a score that is not finite"):
-        ppo.score(Broken(), rollout, args, tokenizer, process)
+        ppo.score(broken, rollout, *rest)
+
+
+# ---------------------------------------------------------------- the weight of a token
+
+
+def watch(patch, name: str, found: list, module=ppo) -> None:
+    """Append to `found` what a function returns."""
+    real = getattr(module, name)
+    patch.setattr(module, name, lambda *args, **rest: found.append(real(*args, **rest)) or found[-1])
+
+
+def check_first_step(flags: str, ranks: int = 1) -> list[list[int]]:
+    """The norms of both gradients are those of the mean over the response tokens of each minibatch, of all ranks.
+
+    Computed from the starting models, a row at a time, at rates of 0, so that ρ is 1 and V is V_old throughout:
+
+        d policy loss = -(1/N) Σ A dlog π       d value loss = (1/N) Σ (V - R) dV
+
+    Returns the responses, rank after rank.
+    """
+    rollouts, gae, norms, minibatches = [], [], [], []
+    real = ppo.micro_batches
+
+    def micro_batches(rollout, rows, *rest):
+        if not isinstance(rows, range):  # those are scored
+            minibatches.append([int(row) for row in rows])
+        return real(rollout, rows, *rest)
+
+    args = common.parse_args(ppo.Args, ppo.preset, flags.split())
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, "sample", rollouts)
+        watch(patch, "advantages_and_returns", gae)
+        watch(patch, "optimizer_step", norms, common)
+        patch.setattr(ppo, "micro_batches", micro_batches)
+        ppo.main(args)
+    (rollout,), ((advantages, returns),) = rollouts, gae
+    lengths = [len(response) for response in rollout.responses]
+    columns = [[row[:n] for row, n in zip(column, lengths)] for column in (advantages, returns)]
+    mine = [*zip(rollout.prompts, rollout.responses, *columns)]
+    everyone = common.gather_objects([[mine[row] for row in rows] for rows in minibatches])
+    assert len(everyone) == ranks
+    advantages = torch.cat([row[2] for part in everyone for rows in part for row in rows])
+    policy = transformers.AutoModelForCausalLM.from_pretrained(args.policy_model)
+    critic = transformers.AutoModelForSequenceClassification.from_pretrained(args.reward_model)
+    for number, found in enumerate(norms):
+        rows = [row for part in everyone for row in part[number]]
+        count = sum(len(row[1]) for row in rows)
+        policy.zero_grad(), critic.zero_grad()
+        for prompt, response, advantage, target in rows:
+            whitened = (advantage - advantages.mean()) / advantages.std(correction=0)
+            (-(whitened * logps_alone(policy, prompt, response, args.temperature)).sum() / count).backward()
+            ((values_alone(critic, prompt, response) - target).square().sum() / 2 / count).backward()
+        grads = [[p.grad for p in model.parameters() if p.grad is not None] for model in (policy, critic)]
+        assert found == pytest.approx([torch.nn.utils.get_total_norm(grad).item() for grad in grads], rel=1e-3)
+    return [row[1] for part in everyone for rows in part for row in rows]
+
+
+FIRST_STEP = (
+    "--policy_learning_rate 0 --critic_learning_rate 0 --max_steps 1 --log_every 1 --generate 0 --global_batch_size 16 "
+    "--max_new_tokens 24"
+)
+
+
+def test_each_token_counts_alike(models, tmp_path):
+    """Whatever the micro batch and minibatch; and the responses are the same."""
+    found = []
+    for micro, minibatches in ((16, 1), (4, 1), (4, 2)):
+        out = f"--output_dir {tmp_path}/{micro}-{minibatches}"
+        flags = f"{models} {out} {FIRST_STEP} --micro_batch_size {micro} --minibatches {minibatches} --temperature 0.8"
+        found.append(check_first_step(flags))
+        (line,) = lines(tmp_path / f"{micro}-{minibatches}" / "metrics.jsonl")
+        assert line["policy_grad_norm"] > 0 and line["critic_grad_norm"] > 0
+    assert len({tuple(map(tuple, sorted(responses))) for responses in found}) == 1 and len(found[0]) == 16
 
 
 # ---------------------------------------------------------------- runs
@@ -203,11 +270,10 @@ def test_a_run(run, models, tmp_path, monkeypatch):
         return real(module, *rest)
 
     monkeypatch.setattr(common, "make_engine", make_engine)
-    out = tmp_path / "out"
-    judge = ["--judge_model", models[3], "--minibatches", "2", "--micro_batch_size", "4"]
-    run(ppo, *models, *judge, "--output_dir", str(out), *SHORT)
+    out, judge = tmp_path / "out", models.split()[-1]
+    run(ppo, f"{models} --judge_model {judge} --minibatches 2 --micro_batch_size 4 --output_dir {out} {SHORT}")
     names = {"args.json", "metrics.jsonl", "ppo.png", "generations.json", "model", "tensorboard"}
-    assert {path.name for path in out.iterdir()} == names
+    assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == names
     metrics = lines(out / "metrics.jsonl")
     assert [(m["step"], m["split"]) for m in metrics] == [(0, "eval"), (1, "train"), (2, "train"), (2, "eval")]
     for m in metrics:
@@ -222,137 +288,89 @@ def test_a_run(run, models, tmp_path, monkeypatch):
         moved.setdefault(type(module).__name__, []).append(changed)
         frozen = all(p.grad is None and not p.requires_grad for p in module.parameters())
         assert frozen != changed
-    assert moved == {"Policy": [True, False], "Critic": [True], "Scorer": [False, False]}
+    assert moved == {"LlamaForCausalLM": [True, False], "Scorer": [True, False, False]}
     assert transformers.AutoModelForCausalLM.from_pretrained(out / "model")
     assert len(json.loads((out / "generations.json").read_text())) == 6
 
 
 def test_the_first_minibatch_has_ratio_1(run, models, tmp_path, monkeypatch):
-    ratios, losses = [], ppo.policy_losses
+    watch(monkeypatch, "policy_losses", found := [])
+    run(ppo, f"{models} --output_dir {tmp_path}/out {SHORT} --max_steps 1 --minibatches 2 --temperature 1.3")
+    first, second = (ratio.detach() for _, ratio, _ in found)
+    assert torch.allclose(first, torch.ones_like(first), atol=1e-4)
+    assert not torch.allclose(second, torch.ones_like(second), atol=1e-4)  # after an update
 
-    def spy(*arguments):
-        result = losses(*arguments)
-        ratios.append(result[1].detach())
-        return result
 
-    monkeypatch.setattr(ppo, "policy_losses", spy)
-    run(ppo, *models, "--output_dir", str(tmp_path / "out"), *SHORT, "--minibatches", "2", "--temperature", "1.3")
-    assert torch.allclose(ratios[0], torch.ones_like(ratios[0]), atol=1e-4)
-    assert not torch.allclose(ratios[1], torch.ones_like(ratios[1]), atol=1e-4)  # the second, after an update
+def test_the_score_is_clipped_and_a_missing_end_costs(run, models, tmp_path, monkeypatch):
+    """Scores from -1 to 1: the rewards of a response sum to its score, in ± 0.5, less 0.7 where it did not end, since
+    there is no KL at the start."""
+    watch(monkeypatch, "sample", rollouts := [])
+    watch(monkeypatch, "token_rewards", found := [])
+    monkeypatch.setattr(ppo, "score", lambda scorer, rollout, *rest: torch.linspace(-1, 1, len(rollout.responses)))
+    flags = "--max_steps 1 --generate 0 --score_clip 0.5 --missing_eos_penalty 0.7"
+    run(ppo, f"{models} --output_dir {tmp_path}/out {SHORT} {flags}")
+    (rollout,), (rewards,) = rollouts, found
+    ended = rollout.ended.tolist()
+    assert any(ended) and not all(ended)
+    scores = [-1 + 2 * row / 15 for row in range(16)]
+    expected = [max(-0.5, min(0.5, score)) - (0 if end else 0.7) for score, end in zip(scores, ended)]
+    assert rewards.sum(1).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_critic_whose_gradient_is_not_finite_leaves_the_policy(run, models, tmp_path, monkeypatch):
+    """In fp32 without ZeRO no engine looks at its gradients: neither may step before both were looked at."""
+    engines, losses = [], ppo.value_losses
+
+    def infinite_gradient(values, *rest):
+        loss, clipped = losses(values, *rest)
+        return loss + 1e30 * (values - values.detach()) * 1e30, clipped
+
+    monkeypatch.setattr(ppo, "value_losses", infinite_gradient)
+    watch(monkeypatch, "make_engine", engines, common)
+    with pytest.raises(common.InputError, match="step 1: the gradient is not finite, and no weight was changed"):
+        run(ppo, f"{models} --output_dir {tmp_path}/out {SHORT} --generate 0")
+    before = transformers.AutoModelForCausalLM.from_pretrained(models.split()[1])
+    after = engines[0].module
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert not (tmp_path / "out" / "model").exists()
 
 
 def test_a_kl_above_the_limit_stops(run, models, tmp_path, capsys):
-    flags = ["--max_kl", "0.5", "--policy_learning_rate", "0.01", "--max_steps", "9"]
-    run(ppo, *models, "--output_dir", str(tmp_path / "out"), *SHORT, *flags)
+    flags = "--max_kl 0.5 --policy_learning_rate 0.01 --max_steps 9"
+    run(ppo, f"{models} --output_dir {tmp_path}/out {SHORT} {flags}")
     last = lines(tmp_path / "out" / "metrics.jsonl")[-2]
     assert last["step"] < 9 and last["kl"] > 0.5
     assert f"stopped at step {last['step']}: the KL is above --max_kl 0.5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("ranks, policy_stage, critic_stage", [(2, 3, 3), (2, 0, 0), (2, 2, 3)])
-def test_ranks_and_zero_stages(models, tmp_path, ranks, policy_stage, critic_stage):
-    """Each rank samples answers of its own, so figures differ; what is exact is: no KL and no growth at the start."""
-    out = tmp_path / "out"
-    stages = ["--policy_zero_stage", str(policy_stage), "--critic_zero_stage", str(critic_stage)]
-    done = launch("ppo.py", ranks, *models, *stages, "--output_dir", str(out), *SHORT, "--micro_batch_size", "4")
-    assert done.returncode == 0, done.stderr
-    metrics = lines(out / "metrics.jsonl")
-    assert metrics[1]["kl"] == pytest.approx(0, abs=1e-3) and metrics[1]["ratio_mean"] == pytest.approx(1, abs=1e-3)
-    assert metrics[2]["kl"] != metrics[1]["kl"] and metrics[1]["policy_grad_norm"] > 0
-    saved = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
-    start = transformers.AutoModelForCausalLM.from_pretrained(models[1])
-    assert any(not torch.equal(a, b) for a, b in zip(saved.parameters(), start.parameters(), strict=True))
-
-
-# ---------------------------------------------------------------- bad input and the paper's runs
-
-BAD = {
-    "no models": (lambda m, f: [], r"are needed. `deepspeed sft.py .*runs/sft/model; `deepspeed reward.py"),
-    "an SFT model as reward model": (lambda m, f: [*m[:2], "--reward_model", m[1]], r"is no reward model: pass what"),
-    "a reward model as policy": (lambda m, f: ["--policy_model", m[3], *m[2:]], r"is a reward model, but a language"),
-    "an answer of no token": (
-        lambda m, f: [*m, "--max_new_tokens", "0"],
-        r"--max_new_tokens is 0, but must be at least",
-    ),
-    "prompts too long": (
-        lambda m, f: [*m, "--max_prompt_length", "3"],
-        r"no usable prompt is left \(240 longer than --max_prompt_length 3\)",
-    ),
-    "columns": (lambda m, f: [*m, "--dataset", rows_file(f, {"text": "p"})], r"row 1: the columns are text, but"),
-    "batches": (lambda m, f: [*m, "--minibatches", "5"], r"48 is not a multiple of 1 ranks x --minibatches 5"),
-    "another tokenizer": (lambda m, f: [*m[:2], "--reward_model", other(m[3], f)], r"has another tokenizer than"),
+STAGES = {
+    "00": "--policy_zero_stage 0 --critic_zero_stage 0",
+    "23": "--policy_zero_stage 2 --critic_zero_stage 3 --offload",
+    "33": "--policy_zero_stage 3 --critic_zero_stage 3 --gradient_checkpointing",
 }
 
 
-def other(model: str, folder) -> str:
-    transformers.AutoModelForSequenceClassification.from_pretrained(model).save_pretrained(folder / "other")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens(["another"])
-    tokenizer.save_pretrained(folder / "other")
-    return str(folder / "other")
+def runs_on_two_ranks(models: str, folder: str) -> None:
+    for name, flags in STAGES.items():
+        argv = f"{models} {flags} --output_dir {folder}/{name} {SHORT} --micro_batch_size 4"
+        ppo.main(common.parse_args(ppo.Args, ppo.preset, argv.split()))
+    for name in ("00", "23"):
+        flags = f"{FIRST_STEP} --micro_batch_size 2 --minibatches 2 {STAGES[name]}"
+        check_first_step(f"{models} --output_dir {folder}/first-{name} {flags}", ranks=2)
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(run, models, tmp_path, name):
-    make, message = BAD[name]
-    argv = make(models, tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(common.InputError, match=message) as caught:
-        run(ppo, "--output_dir", str(tmp_path / "out"), *argv)
-    assert "\n" not in str(caught.value)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-# METHOD: prompt and answer length, optimizer steps; the rest is common to both.
-TABLE = {
-    "alpaca": dict(max_prompt_length=256, max_new_tokens=384, max_steps=50),
-    "tldr": dict(max_prompt_length=768, max_new_tokens=256, max_steps=250),
-}
-ALL = dict(
-    global_batch_size=128,
-    policy_learning_rate=1e-5,
-    critic_learning_rate=5e-6,
-    weight_decay=0.1,
-    epochs=1,
-    ppo_epochs=1,
-    minibatches=1,
-    warmup_steps=100,
-    policy_zero_stage=2,
-    critic_zero_stage=3,
-    kl_coef=0.1,
-    score_clip=5.0,
-    gamma=1.0,
-    gae_lambda=0.95,
-    cliprange=0.2,
-    cliprange_value=0.2,
-    temperature=1.0,
-    dtype="bf16",
-    seed=42,
-    gradient_checkpointing=True,
-)
-
-
-@pytest.mark.parametrize("task", TABLE)
-def test_the_papers_runs(task):
-    argv = ["--task", task, "--policy_model", "p", "--reward_model", "r"]
-    args = dataclasses.asdict(common.parse_args(ppo.Args, ppo.preset, argv))
-    expected = ALL | TABLE[task]
-    assert {k: args[k] for k in expected} == expected
-    assert ("unlabeled" in args["dataset"]) == (task == "alpaca")
-    for ranks in (1, 2, 4, 8):
-        own = ppo.engine_args(ppo.Args(**args), "policy")
-        accumulation = common.accumulation_steps(own, common.Process(0, ranks, CPU))
-        assert ranks * accumulation * own.micro_batch_size == 128
-
-
-def test_what_siblings_repeat_is_the_same():
-    import inspect
-
-    assert inspect.getsource(ppo.check_text) == inspect.getsource(dpo.check_text)
-    assert inspect.getsource(ppo.load_policy) == inspect.getsource(dpo.load_policy)
-
-
-def test_every_flag_is_read():
-    source = open(ppo.__file__).read() + open(common.__file__).read()
-    unread = [f.name for f in dataclasses.fields(ppo.Args) if not re.search(rf"args\.{f.name}\b", source)]
-    assert [n for n in unread if not re.fullmatch(r"(policy|critic)_(zero_stage|learning_rate)", n)] == ["local_rank"]
+def test_ranks_and_zero_stages_change_nothing(run, models, tmp_path):
+    """The first step and what is sampled before it, on two ranks at any stage as on one; then the policy has moved."""
+    on_two_ranks(runs_on_two_ranks, models, str(tmp_path))
+    run(ppo, f"{models} --output_dir {tmp_path}/one {SHORT} --micro_batch_size 8")
+    start = transformers.AutoModelForCausalLM.from_pretrained(models.split()[1])
+    for out in (tmp_path / name for name in STAGES):
+        found, one = lines(out / "metrics.jsonl"), lines(tmp_path / "one" / "metrics.jsonl")
+        assert [m["step"] for m in found] == [m["step"] for m in one] == [0, 1, 2, 2]
+        for mine, other in zip(found[:2], one):
+            for key in set(mine) - {"split", "prompts_per_s", "seconds_sample", "seconds_score", "seconds_learn"}:
+                assert (mine[key] or 0) == pytest.approx(other[key] or 0, rel=1e-3, abs=1e-4), (out.name, key)
+        assert found[1]["kl"] == pytest.approx(0, abs=1e-3) and found[1]["ratio_mean"] == pytest.approx(1, abs=1e-3)
+        assert found[2]["kl"] != found[1]["kl"] and found[1]["policy_grad_norm"] > 0
+        saved = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+        assert any(not torch.equal(a, b) for a, b in zip(saved.parameters(), start.parameters(), strict=True))
