@@ -94,18 +94,16 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
     absent = "\0"
     given, _ = read(default=args_class(dataset=absent, eval_dataset=absent), add_help=False, return_unknown_args=True)
     values = dict(preset(given.task, getattr(given, "constraint", "none")))
-    if given.dataset != absent:
-        values["eval_dataset"] = ""
-    if (given.dataset, given.eval_dataset) != (absent, absent) and hasattr(given, "ranked_dataset"):
-        values["ranked_dataset"] = ""
+    own = given.dataset != absent, given.eval_dataset != absent
+    values |= {"eval_dataset": ""} if own[0] else {}
+    values |= {"ranked_dataset": ""} if any(own) and hasattr(given, "ranked_dataset") else {}
     args = read(default=args_class(**values))
     for name, value in vars(args).items():
         if isinstance(value, str):
             setattr(args, name, os.path.expanduser(value))
     if getattr(args, "model", None) == "" and args.task != "toy":
-        if rank == 0:
-            name = f"{Path(sys.argv[0]).name}: error: --task {args.task} needs --model"
-            print(f"{name}, the folder or Hub id of the model to start from", file=sys.stderr)
+        what = f"--task {args.task} needs --model, the folder or Hub id of the model to start from"
+        print(f"{Path(sys.argv[0]).name}: error: {what}" if rank == 0 else "", file=sys.stderr)
         sys.exit(2)
     return args
 
@@ -515,9 +513,8 @@ def prompt_of(row: dict) -> str | None:
 
 def preference_of(row: dict) -> tuple[str, str, str]:
     """Prompt, chosen and rejected response of a row in any known format."""
-    check_columns(
-        row, "prompt/chosen/rejected", "instruction[/input]/output_1/output_2/preference", "info/summaries/choice"
-    )
+    alpaca_farm, comparison = "instruction[/input]/output_1/output_2/preference", "info/summaries/choice"
+    check_columns(row, "prompt/chosen/rejected", alpaca_farm, comparison)
     if "chosen" in row:
         prompt, chosen, rejected = prompt_of(row), text(row, "chosen"), text(row, "rejected")
     elif "preference" in row:
@@ -533,17 +530,14 @@ def preference_of(row: dict) -> tuple[str, str, str]:
             raise ValueError(f"info must hold a post, choice (here {choice!r:.80}) be 0 or 1 of 2 texts")
         prompt = prompt_of({"post": info.get("post")})
         chosen, rejected = (text(summaries[int(i)], "text") for i in (choice, 1 - choice))
-    check_texts(prompt, chosen, rejected)
-    return prompt, chosen, rejected
+    return check_texts(prompt, chosen, rejected)
 
 
 def demonstration_of(row: dict) -> tuple[str, str]:
     """Prompt and completion of a row in any known format."""
     check_columns(row, "prompt/completion", "instruction[/input]/output", "post/summary")
     name = next(name for name in ("completion", "output", "summary") if name in row)
-    prompt, completion = prompt_of(row), text(row, name)
-    check_texts(prompt, completion)
-    return prompt, completion
+    return check_texts(prompt_of(row), text(row, name))
 
 
 def check_columns(row: dict, *formats: str) -> None:
@@ -553,12 +547,13 @@ def check_columns(row: dict, *formats: str) -> None:
         raise ValueError(f"the columns are {', '.join(row)}, but must be {wanted}")
 
 
-def check_texts(prompt: str | None, *responses: str | None) -> None:
-    """Unusable unless all are there, and no response is empty."""
+def check_texts(prompt: str | None, *responses: str | None) -> tuple[str, ...]:
+    """The texts; Unusable unless all are there, and no response is empty."""
     if prompt is None or None in responses:
         raise Unusable("missing text")
     if not all(response.strip() for response in responses):
         raise Unusable("empty response")
+    return prompt, *responses
 
 
 def tokenize(tokenizer, prompt: str, *responses: str) -> list[list[int]]:
