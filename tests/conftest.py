@@ -13,6 +13,9 @@ os.environ["PCRM_CACHE"] = tempfile.mkdtemp(prefix="pcrm-tests-")
 
 import common  # before torch
 import pytest
+import torch
+import transformers
+
 import reward
 
 
@@ -46,3 +49,14 @@ def run(process):
 def train(run):
     """run() of reward.py."""
     return functools.partial(run, reward)
+
+
+@pytest.fixture(scope="session")
+def toy_reward(toy, tokenizer, tmp_path_factory) -> str:
+    """The folder of the embedded model as a reward model, with a random head."""
+    folder = tmp_path_factory.mktemp("toy") / "reward"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(toy, num_labels=1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

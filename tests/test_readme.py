@@ -1,9 +1,9 @@
-"""The README against the code: its commands parse, its keys are the ones that are logged, its files exist."""
+"""The README against the code: its commands parse, its files exist, its flags and keys are those of real runs."""
 
+import dataclasses
 import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -12,30 +12,29 @@ import dpo
 import ppo
 import reward
 import sft
+from helpers import ROOT, lines, rows_file
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-HEADERS = "".join(script.__doc__ for script in (sft, reward, dpo, ppo))
+SCRIPTS = {script.__name__: script for script in (sft, reward, dpo, ppo)}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HEADERS = "".join(script.__doc__ for script in SCRIPTS.values())
 COMMANDS = re.findall(r"(?:deepspeed|python)(?: --num_gpus \d+)? (\w+\.py)([^\n`]*)", README + HEADERS)
+
+
+# ---------------------------------------------------------------- commands
 
 
 def test_the_papers_runs_are_there():
     """2 of SFT, 10 of the reward model, 3 of DPO, and 6 of PPO."""
     runs = {(name, *shlex.split(rest)) for name, rest in COMMANDS if "--task" in rest and "<" not in rest}
-    five = ("none", "len_rat", "cos_sim", "random", "fixed")
-    assert runs == (
-        {("sft.py", "--task", task) for task in ("alpaca", "tldr")}
-        | {("reward.py", "--task", task, "--constraint", c) for task in ("alpaca", "tldr") for c in five}
-        | {("dpo.py", "--task", "alpaca", "--constraint", c) for c in five[:3]}
-        | {
-            (
-                *("ppo.py", "--task", task, "--policy_model", f"runs/sft-{task}/model"),
-                *("--reward_model", f"runs/reward-{task}-{c}/model"),
-            )
-            for task in ("alpaca", "tldr")
-            for c in five[:3]
-        }
-    )
+    tasks, five = ("alpaca", "tldr"), ("none", "len_rat", "cos_sim", "random", "fixed")
+    expected = [f"sft.py --task {task}" for task in tasks]
+    expected += [f"reward.py --task {task} --constraint {constraint}" for task in tasks for constraint in five]
+    expected += [f"dpo.py --task alpaca --constraint {constraint}" for constraint in five[:3]]
+    expected += [
+        f"ppo.py --task {task} --policy_model runs/sft-{task}/model --reward_model runs/reward-{task}-{c}/model"
+        for task in tasks for c in five[:3]
+    ]
+    assert runs == {tuple(run.split()) for run in expected} and len(runs) == 21
 
 
 @pytest.mark.parametrize("name, rest", sorted(set(COMMANDS)))
@@ -54,15 +53,66 @@ def test_the_two_commands():
     assert re.search(r"-m pytest [^\n]*", README)[0] in run
 
 
-def test_files_and_keys_are_named():
-    for name in ("sft.py", "reward.py", "dpo.py", "ppo.py", "priors.py", "common.py", "assets/margins.png"):
-        assert (ROOT / name).exists() and name in README
-    for key in (
-        "loss rank_loss constraint_loss accuracy margin_mean margin_std margin_max bound_mean over_bound chosen_score "
-        "rejected_score score_std lr grad_norm pairs_per_s tokens_per_s length_accuracy spearman_similarity "
-        "ranked_spearman ranked_kendall perplexity rows_per_s chosen_reward rejected_reward chosen_logps rejected_logps kl "
-        "policy_grad_norm critic_grad_norm score_mean score_max score_growth entropy response_tokens ended_by_eos "
-        "policy_loss value_loss policy_clipfrac value_clipfrac explained_variance ratio_mean returns_mean prompts_per_s "
-        "seconds_sample seconds_score seconds_learn judge_score win_rate"
-    ).split():
-        assert f"`{key}`" in README, key
+# ---------------------------------------------------------------- names
+
+
+def quoted(text: str) -> set[str]:
+    """What stands in backticks."""
+    return set(re.findall(r"`([^`\n]+)`", text))
+
+
+def test_files_are_there_and_named():
+    named = {name for name in quoted(README) if re.fullmatch(r"(data|tests|assets)/[\w./]*|\w+\.py", name)}
+    named |= set(re.findall(r"\]\((assets/[^)]+)\)", README)) | set(re.findall(r"tests/\w+\.py", README))
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+    assert {path.name for path in ROOT.glob("*.py")} | {"data/", "tests/"} <= named
+
+
+def test_flags_are_there():
+    """Of one of the scripts, of a program in tests/, or of the launcher, pip and alpaca_eval."""
+    known = {field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)}
+    for path in (ROOT / "tests").glob("*.py"):
+        known |= set(re.findall(r'add_argument\("--(\w+)"', path.read_text(encoding="utf-8")))
+    known |= {"check", "help", "num_gpus", "num_nodes", "hostfile", "master_port", "index-url", "model_outputs"}
+    assert set(re.findall(r"--([a-z][\w-]*)", README)) <= known
+
+
+@pytest.fixture(scope="module")
+def logged(run, toy, toy_reward, tmp_path_factory) -> dict[str, dict[str, set[str]]]:
+    """Of a short run of each script the keys of its train and eval lines and of eval.jsonl, and its files."""
+    out = tmp_path_factory.mktemp("runs")
+    row = dict(prompt="Where?\n", completion="Aisle 3.", chosen="Aisle 3.", rejected="No.")
+    data = rows_file(out, *[row | dict(responses=[f"{i}", "No.", "Go."], scores=[3, 2, 1]) for i in range(4)])
+    models = f"--policy_model {toy} --reward_model {toy_reward} --judge_model {toy_reward} --max_new_tokens 4"
+    flags = dict(sft="", reward=f"--constraint fixed --ranked_dataset {data}", ppo=models) | dict(
+        dpo=f"--constraint fixed --ranked_dataset {data}"
+    )
+    found = {}
+    for name, script in SCRIPTS.items():
+        batch = "--max_steps 1 --global_batch_size 2"
+        run(script, f"{flags[name]} {batch} --dataset {data} --eval_dataset {data} --output_dir {out}/{name}")
+        found[name] = {"files": {path.name for path in (out / name).iterdir() if not path.name.startswith(".")}}
+        for line in lines(out / name / "metrics.jsonl"):
+            found[name].setdefault(line["split"], set()).update(line)
+        if (out / name / "eval.jsonl").exists():
+            found[name]["eval.jsonl"] = set(lines(out / name / "eval.jsonl")[0])
+    return found
+
+
+def test_every_key_and_file_of_a_run_is_named(logged):
+    named = {name.rstrip("/") for name in quoted(README)}
+    for script, parts in logged.items():
+        for part, names in parts.items():
+            assert names <= named, (script, part, names - named)
+
+
+def test_every_key_of_the_tables_is_logged(logged):
+    """The first cells of tables with the heading `key`; those marked (eval) stand in no train line."""
+    tables = re.findall(r"(?m)^\| key \|.*\n\|[ -|]*\n((?:\|.*\n)+)", README)
+    rows = [line.split("|")[1] for table in tables for line in table.splitlines()]
+    assert len(rows) > 20
+    train, evaluated = (set().union(*(parts[split] for parts in logged.values())) for split in ("train", "eval"))
+    for row in rows:
+        keys = quoted(row)
+        assert keys and keys <= (evaluated - train if "(eval)" in row else train | evaluated), row
