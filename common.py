@@ -143,11 +143,7 @@ def run(main, args_class, preset) -> None:
     try:
         find_ranks()
         main(parse_args(args_class, preset))
-        if not torch.cuda.is_available() and dist.get_world_size() > 1:
-            # Gloo's threads now and then abort a process of several that ends in the usual way, after all work is done.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+        status = 0
     except (InputError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in full:
             raise
@@ -155,10 +151,15 @@ def run(main, args_class, preset) -> None:
             time.sleep(10)  # rank 0 says what all ranks found, and the launcher ends this one; unless it stands alone
         message = said(error) if isinstance(error, OSError) else error
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears a progress bar before it
-        sys.exit(1)
+        status = 1
     finally:
+        several = dist.is_initialized() and dist.get_world_size() > 1
         if dist.is_initialized():
             dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Gloo's threads now and then abort a process of several ranks that ends in the usual way, after all work is done.
+    (os._exit if several and not torch.cuda.is_available() else sys.exit)(status)
 
 
 def find_ranks() -> None:
@@ -332,10 +333,13 @@ def json_line(values: dict) -> str:
 
 
 @functools.cache
-def model_version(path: str, weights: bool = True) -> str:
+def model_version(path: str, what: str = "model", weights: bool = True) -> str:
     """What changes when the model does (without weights: its tokenizer): the Hub's commit, or a digest of its files."""
     if not Path(path).is_dir():
-        return f"{path}@{Path(transformers.utils.cached_file(path, 'config.json')).parent.name}"
+        try:
+            return f"{path}@{Path(transformers.utils.cached_file(path, 'config.json')).parent.name}"
+        except Exception as error:
+            raise model_error(what, path, error) from error
     kinds = (".json", ".txt", ".model", ".py", ".jinja", *[".safetensors"] * weights)
     return digest(sorted(file for file in Path(path).iterdir() if file.suffix in kinds))
 

@@ -161,7 +161,7 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     texts = [prompt + r for prompt, *both in zip(pairs["prompt"], pairs["chosen"], pairs["rejected"]) for r in both]
 
     def content() -> list:
-        return [common.model_version(args.encoder), args.encoder_pooling, texts]
+        return [common.model_version(args.encoder, "encoder"), args.encoder_pooling, texts]
 
     def compute() -> torch.Tensor:
         mine = [text for i, text in enumerate(texts) if i // 2 % process.world_size == process.rank]

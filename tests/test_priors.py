@@ -7,19 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import priors
 from priors import (
-    constrained_ranking_loss,
-    cosine_similarity,
-    encode_texts,
-    fixed_bound,
-    length_ratio,
-    margin_bound,
-    random_bound,
+    constrained_ranking_loss, cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound,
+    ranking_loss,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def softplus(x: float) -> float:
@@ -42,13 +36,17 @@ def test_cosine_similarity():
     assert cosine_similarity(a, b, angular=False).tolist() == pytest.approx([0.5, 0.0, -0.5, 1.0], abs=1e-7)
 
 
-def test_margin_bound():
-    """s = 1: 20 / 1.001 - 15 = 4.98002; s = 0.25: 20 / 0.251 - 15 = 64.68127; s = 0.5, β = (30, 0.001, -25): 34.88024."""
-    assert margin_bound(torch.tensor([1.0, 0.25]), 20, 0.001, -15).tolist() == pytest.approx(
-        [4.98002, 64.68127], abs=1e-4
-    )
-    assert margin_bound(torch.tensor([0.5]), 30, 0.001, -25).tolist() == pytest.approx([34.88024], abs=1e-4)
-    assert margin_bound(torch.tensor([1.0]), 20).tolist() == pytest.approx([20 / 1.001])  # the signature's defaults
+@pytest.mark.parametrize(
+    "similarity, betas, bound",
+    [
+        (1.0, (20, 0.001, -15), 4.98002),  # 20 / 1.001 - 15
+        (0.25, (20, 0.001, -15), 64.68127),  # 20 / 0.251 - 15
+        (0.5, (30, 0.001, -25), 34.88024),  # 30 / 0.501 - 25
+        (1.0, (20,), 20 / 1.001),  # the signature's defaults
+    ],
+)
+def test_margin_bound(similarity, betas, bound):
+    assert margin_bound(torch.tensor([0.5, similarity]), *betas)[1].item() == pytest.approx(bound, abs=1e-4)
 
 
 def test_loss_values():
@@ -57,17 +55,27 @@ def test_loss_values():
     expected = [math.log(2) + softplus(-4), softplus(-3) + softplus(-2)]
     assert constrained_ranking_loss(margin, bound).tolist() == pytest.approx(expected)
     assert constrained_ranking_loss(margin).tolist() == pytest.approx([math.log(2), softplus(-3)])
+    assert ranking_loss(margin).tolist() == pytest.approx([math.log(2), softplus(-3)])
 
 
 def test_label_smoothing_mixes_both_terms():
     """ε = 0.25, m = 1, δ* = 3: 0.75 log(1 + e^-1) + 0.25 log(1 + e^1) + 0.75 log(1 + e^-2) + 0.25 log(1 + e^2)."""
-    loss = constrained_ranking_loss(torch.tensor([1.0]), torch.tensor([3.0]), 0.25)
-    assert loss.item() == pytest.approx(
-        0.75 * softplus(-1) + 0.25 * softplus(1) + 0.75 * softplus(-2) + 0.25 * softplus(2)
-    )
-    assert constrained_ranking_loss(torch.tensor([1.0]), None, 0.25).item() == pytest.approx(
-        0.75 * softplus(-1) + 0.25 * softplus(1)
-    )
+    margin, bound = torch.tensor([1.0]), torch.tensor([3.0])
+    first, second = (0.75 * softplus(-x) + 0.25 * softplus(x) for x in (1, 2))
+    assert constrained_ranking_loss(margin, bound, 0.25).item() == pytest.approx(first + second)
+    assert constrained_ranking_loss(margin, None, 0.25).item() == pytest.approx(first)
+    assert ranking_loss(margin, 0.25).item() == pytest.approx(first)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_is_one_function_used_twice(smoothing):
+    """L = ranking_loss(m) + ranking_loss(δ* - m), in values and gradients, in any shape."""
+    margin = torch.linspace(-9, 9, 12).view(3, 4).requires_grad_()
+    bound = torch.linspace(1, 40, 12).view(3, 4)
+    both = ranking_loss(margin, smoothing) + ranking_loss(bound - margin, smoothing)
+    loss = constrained_ranking_loss(margin, bound, smoothing)
+    assert loss.shape == (3, 4) and torch.equal(loss, both)
+    assert torch.equal(*(torch.autograd.grad(own.sum(), margin)[0] for own in (loss, both)))
 
 
 def test_minimum_is_at_half_the_bound():
@@ -139,6 +147,7 @@ def test_fixed_bound():
         (lambda: random_bound(2, 0.0, 4.0, 0), "low=0.0"),
         (lambda: constrained_ranking_loss(torch.ones(2), torch.ones(3)), r"margin.*\(2,\).*bound.*\(3,\)"),
         (lambda: constrained_ranking_loss(torch.ones(2), label_smoothing=0.6), "not 0.6"),
+        (lambda: ranking_loss(torch.ones(2), -0.1), "not -0.1"),
         (lambda: encode_texts(["a"], "anything", pooling="max"), "'max'"),
     ],
 )
@@ -147,29 +156,51 @@ def test_nonsense_is_refused_with_the_value(call, message):
         call()
 
 
-def test_encode_texts(toy, tokenizer, monkeypatch):
-    """Embeddings are those of each text alone, whatever its batch; a text that occurs twice is encoded once; what is
-    too long loses its beginning."""
-    import transformers
+@pytest.fixture(scope="module")
+def bert(tokenizer, tmp_path_factory) -> str:
+    """A small encoder that looks both ways, with 64 positions."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0, initializer_range=0.3,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
-    texts = ["Aisle 3.", "You will find milk in aisle 2. " * 3, "Aisle 3.", "No."]
-    model = transformers.AutoModel.from_pretrained(toy)
-    alone = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in texts]
-    seen = []
-    for pooling, pool in (("mean", lambda h: h.mean(0)), ("cls", lambda h: h[0])):
-        for batch_tokens in (1, 10000):
-            embeddings = encode_texts(
-                texts, toy, pooling, batch_tokens=batch_tokens, progress=lambda b: seen.append(sum(map(len, b))) or b
-            )
-            expected = torch.stack([pool(h) for h in alone])
-            assert torch.allclose(embeddings, expected, atol=1e-4)
-    assert seen == [3] * 4  # three different texts each time
+
+@pytest.mark.parametrize("pooling, pool", [("mean", lambda h: h.mean(0)), ("cls", lambda h: h[0])])
+@pytest.mark.parametrize("batch_tokens, batches", [(1, [1, 1, 1]), (51, [1, 2]), (10000, [3])])
+def test_embeddings_are_those_of_each_text_alone(bert, tokenizer, pooling, pool, batch_tokens, batches):
+    """Whatever its batch; the longest first, as many texts in a batch as the tokens allow, padding included; and a text
+    that occurs twice is encoded once. Of 26, 5 and 4 tokens, 51 hold one of 26, or ten of 5."""
+    texts, sizes = ["Aisle 3.", "You will find milk in aisle 2. " * 3, "Aisle 3.", "No."], []
+    model = transformers.AutoModel.from_pretrained(bert).eval()
+    with torch.no_grad():
+        alone = [model(tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0] for text in texts]
+    embeddings = encode_texts(
+        texts, bert, pooling, batch_tokens=batch_tokens, progress=lambda b: sizes.extend(map(len, b)) or b
+    )
+    assert sizes == batches and torch.allclose(embeddings, torch.stack([pool(h) for h in alone]), atol=1e-4)
+
+
+def test_a_long_text_loses_its_beginning(bert, toy, tokenizer):
+    """The first token stays, as the tokenizer sets it; an encoder that takes fewer tokens than asked for gets fewer."""
+    text = "You will find milk in aisle 2. " * 9
+    ids = tokenizer(text).input_ids
+    for folder, asked, left in ((toy, 6, 6), (bert, 512, 64)):
+        model = transformers.AutoModel.from_pretrained(folder).eval()
+        with torch.no_grad():
+            kept = model(torch.tensor([ids[:1] + ids[1 - left :]])).last_hidden_state.mean(1)
+        assert len(ids) > left and torch.allclose(encode_texts([text], folder, "mean", asked), kept, atol=1e-4)
     assert encode_texts([], toy, "mean").shape == (0, 128)
 
-    ids = tokenizer(texts[1]).input_ids
-    cut = encode_texts([texts[1]], toy, "mean", max_length=6)
-    kept = torch.tensor([ids[:1] + ids[-5:]])  # BOS is kept, the rest is cut from the left
-    assert torch.allclose(cut, model(kept).last_hidden_state.mean(1), atol=1e-4)
+
+def test_the_first_token_of_a_causal_encoder_is_refused(toy, bert):
+    """It sees only itself: every pair would have similarity 1."""
+    with pytest.raises(ValueError, match="causal.*mean"):
+        encode_texts(["Aisle 3.", "No."], toy, "cls")
 
 
 def test_priors_needs_torch_alone(tmp_path):

@@ -120,7 +120,8 @@ def test_a_run(run, tmp_path):
     run(sft, f"--model {out}/model --epochs 0 --output_dir {tmp_path}/again --generate 0")
     (evaluated,) = lines(tmp_path / "again" / "metrics.jsonl")
     assert evaluated["loss"] == pytest.approx(metrics[-1]["loss"], abs=1e-5)
-    run(reward, f"--model {out}/model --output_dir {tmp_path}/reward --max_steps 1")
+    few = rows_file(tmp_path, *lines(common.DATA / "preference_eval.jsonl")[:8])
+    run(reward, f"--model {out}/model --eval_dataset {few} --output_dir {tmp_path}/reward --max_steps 1")
 
 
 def test_the_dialogue_wrapper_is_taken_off_for_alpaca_eval(run, tmp_path):
