@@ -1031,7 +1031,7 @@ def load_reward_model(flag: str, path: str, args, tokenizer, engine_config: dict
         with torch.device("meta"):  # the names that a language model of this kind has beside its body
             causal = transformers.AutoModelForCausalLM
             known = causal.from_config(model.config, trust_remote_code=args.trust_remote_code).state_dict()
-        if unused := sorted(set(info["unexpected_keys"]) - set(known)):
+        if unused := sorted(set(info["unexpected_keys"]) - set(known) - {"embed_out.weight"}):  # GPT-NeoX's on disk
             raise InputError(f"{what}: {unused} would not be used; rename a reward model's head to score.weight")
         config = model.config.get_text_config()
         std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02  # OPT: init_std
@@ -1083,12 +1083,23 @@ class TargetLogps(torch.autograd.Function):
         return grads.scatter_(1, targets[:, None], own.to(grads.dtype)[:, None]), None, None
 
 
-def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, **inputs) -> torch.Tensor:
-    """log π of each label (R, T) that is not -100, row after row: (N,) fp32. The head sees no other position."""
+def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, never=(), **inputs) -> torch.Tensor:
+    """log π of each label (R, T) that is not -100, row after row: (N,) fp32. The head sees no other position.
+
+    Under the distribution at a temperature, without the tokens `never`.
+    """
     keep = labels != NO_LABEL  # R T
     logits = model(logits_to_keep=keep, use_cache=False, **inputs).logits  # N V
     logits = logits[keep] if logits.dim() == 3 else logits  # a model with code of its own may keep all
+    logits = logits.index_fill(1, never, -math.inf) if len(never) else logits
     return TargetLogps.apply(logits, labels[keep], temperature)
+
+
+def unnamed_tokens(model, tokenizer, process: Process) -> torch.Tensor:
+    """Tokens of the model's vocabulary that its tokenizer cannot name, where the vocabulary is padded beyond it."""
+    named = set(tokenizer.get_vocab().values())
+    size = model.config.get_text_config().vocab_size
+    return torch.tensor([i for i in range(size) if i not in named], dtype=torch.long, device=process.device)
 
 
 @torch.no_grad()
@@ -1097,32 +1108,34 @@ def check_model(engine, model, args, process: Process) -> bool:
 
     InputError for a model that is random in training, or that looks ahead.
     """
-    length, config = max(args.max_length, 4), model.config.get_text_config()
+    length, config, name = max(args.max_length, 8), model.config.get_text_config(), model.config.name_or_path
     fork = length // 2  # tokens that the two begin with alike
-    chosen, rejected = np.random.default_rng(0).integers(config.vocab_size, size=(2, length)).tolist()
-    pair = dict(chosen_ids=[chosen], rejected_ids=[chosen[:fork] + rejected[fork:]], prefix=[fork])
+    prefix, chosen, rejected, other = np.random.default_rng(0).integers(config.vocab_size, size=(4, fork)).tolist()
 
-    def outputs(share: bool) -> torch.Tensor:
-        """What the head gives inside the prefix and at the end of each response."""
+    def outputs(share: bool, chosen: list[int] = chosen) -> torch.Tensor:
+        """Before the fork, at it, at two tokens after it and at the end of each response."""
+        pair = dict(chosen_ids=[prefix + chosen], rejected_ids=[prefix + rejected], prefix=[fork])
         inputs, labels, branch, positions = collate_pairs(pair, 0, share, model.dtype, process.device)
-        keep = (branch >= 0) & (labels == NO_LABEL) | (positions == fork - 2)  # R T
+        keep = (branch >= 0) & (labels == NO_LABEL) | (positions >= fork - 2) & (positions < fork + 2)  # R T
         logits = engine(logits_to_keep=keep, use_cache=False, **inputs).logits
         return (logits[keep] if logits.dim() == 3 else logits).float()
 
-    def differ(some: torch.Tensor, others: torch.Tensor) -> bool:
-        rounding = 1e-3 if args.dtype == "fp32" else 0.05
-        return not (some - others).abs().max() <= rounding * apart.abs().max()
+    def differ(some: torch.Tensor, others: torch.Tensor, far: float) -> bool:
+        return not (some - others).abs().max() <= far * apart.abs().max()
 
     engine.train()
-    apart = outputs(False)  # prefix and end of chosen, prefix and end of rejected
-    if differ(apart, outputs(False)):
-        raise InputError(f"{args.model}: scores change from pass to pass; something in it is random in training")
-    if differ(apart[0], apart[2]):
-        raise InputError(f"{args.model} is not causal: what follows a token changes what the model says before it")
+    apart = outputs(False)  # 5 of chosen, 5 of rejected
+    rounding = 1e-3 if args.dtype == "fp32" else 0.05
+    if differ(apart, outputs(False), rounding):
+        raise InputError(f"{name}: scores change from one pass to the next; something in it is random in training")
+    if differ(apart[:2], apart[5:7], rounding):
+        raise InputError(f"{name} is not causal: what follows a token changes what the model says before it")
     if (getattr(config, "sliding_window", None) or length) < length:  # in 16 bits this could hide in the rounding
         return False
     try:
-        return not differ(apart[[0, 1, 3]], outputs(True))
+        shared = outputs(True)  # 1 before the fork, 4 of chosen, 4 of rejected
+        alone = not differ(shared[5:], outputs(True, other)[5:], 1e-4)  # rejected does not see chosen
+        return alone and not differ(shared, torch.cat([apart[:5], apart[6:]]), rounding)
     except Exception:  # it takes no mask or no positions of ours
         return False
 
@@ -1244,17 +1257,16 @@ def save_model(engine, model, tokenizer, folder: Path, process: Process) -> None
 
 
 class Sampling(transformers.LogitsProcessor):
-    """Draws the next tokens, and leaves greedy decoding no other choice.
+    """Draws the next tokens but those of `never`, and leaves greedy decoding no other choice.
 
-    Each row has its own random numbers (R, L), so that what it draws does not depend on the rows beside it. Tokens that
-    the tokenizer cannot name (a vocabulary padded beyond it) are never drawn.
+    Each row has its own random numbers (R, L), so that what it draws does not depend on the rows beside it.
     """
 
-    def __init__(self, points: torch.Tensor, width: int, temperature: float, named: torch.Tensor):
-        self.points, self.width, self.temperature, self.named = points, width, temperature, named
+    def __init__(self, points: torch.Tensor, width: int, temperature: float, never: torch.Tensor):
+        self.points, self.width, self.temperature, self.never = points, width, temperature, never
 
     def __call__(self, input_ids, scores):
-        scores = scores.float().masked_fill(~self.named, -math.inf) / self.temperature  # R V
+        scores = scores.float().index_fill(1, self.never, -math.inf) / self.temperature  # R V
         cumulated = scores.softmax(-1).double().cumsum(-1)  # R V
         step = input_ids.shape[1] - self.width
         point = self.points[:, step : step + 1] * cumulated[:, -1:]  # R 1
@@ -1269,20 +1281,23 @@ def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, process, 
     Drawn from the model's own distribution: no top-k, no top-p. An answer is a function of its prompt and its seed.
     """
     engine.eval()
-    answers, eos = [None] * len(prompts), tokenizer.eos_token_id
+    answers, eos, never = [None] * len(prompts), tokenizer.eos_token_id, unnamed_tokens(model, tokenizer, process)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     with unsharded(engine):
-        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-        for rows in (order[i : i + size] for i in range(0, len(order), size)):
+        batches = []
+        for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+            # Positions count from the longest prompt, new tokens from the largest room, the shortest one's.
+            if not batches or len(batches[-1]) == size or len(prompts[row]) + rooms[batches[-1][0]] > positions:
+                batches.append([])
+            batches[-1].append(row)
+        for rows in batches:
             inputs = tokenizer.pad(
                 {"input_ids": [prompts[row] for row in rows]}, padding_side="left", return_tensors="pt"
             ).to(process.device)
             width = inputs.input_ids.shape[1]
-            length = min(max(rooms[row] for row in rows), positions - width)
+            length = max(rooms[row] for row in rows)
             points = torch.tensor(np.stack([np.random.default_rng(seeds[row]).random(length) for row in rows]))
-            named = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=torch.bool)
-            named[list(tokenizer.get_vocab().values())] = True
-            sampling = Sampling(points.to(process.device), width, temperature, named.to(process.device))
+            sampling = Sampling(points.to(process.device), width, temperature, never)
             output = model.generate(
                 **inputs, logits_processor=transformers.LogitsProcessorList([sampling]),
                 generation_config=transformers.GenerationConfig(

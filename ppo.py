@@ -230,9 +230,9 @@ def engine_args(args: Args, which: str) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | own)
 
 
-def policy_logps(policy, inputs: dict, args: Args) -> torch.Tensor:
-    """log π of each response token, (N,), under the distribution that is sampled."""
-    return common.token_logps(policy, temperature=args.temperature, **inputs)
+def policy_logps(policy, inputs: dict, args: Args, never: torch.Tensor) -> torch.Tensor:
+    """log π of each response token, (N,), under the distribution that is sampled, which has no tokens `never`."""
+    return common.token_logps(policy, temperature=args.temperature, never=never, **inputs)
 
 
 def critic_values(critic, inputs: dict) -> torch.Tensor:
@@ -292,7 +292,7 @@ def evaluate(policy, model, reference, scorer, judge, prompts, args, tokenizer, 
     mine = mine[: math.ceil(len(prompts) / process.world_size)]  # each rank as many: some prompts may come twice
     seeds = [[args.seed, row] for row in mine]
     rollout = sample(policy, model, tokenizer, prompts["prompt_ids"][mine], seeds, args, process)
-    of_policy = functools.partial(policy_logps, args=args)
+    of_policy = functools.partial(policy_logps, args=args, never=common.unnamed_tokens(model, tokenizer, process))
     logps, ref_logps = (per_token(m, of_policy, rollout, args, collator, process) for m in (policy, reference))  # P L
     kl = torch.where(rollout.is_response, logps - ref_logps, 0.0).sum(1)  # P
     scores = score(scorer, rollout, args, collator, process)  # P
@@ -384,19 +384,21 @@ def main(args: Args) -> None:
         return common.load_reward_model(flag, path, critic_args, tokenizer, critic_config)
 
     def frozen(module, module_args, config):
-        return common.make_engine(module, module_args, config, 0, process)
+        engine = common.make_engine(module, module_args, config, 0, process)
+        common.check_model(engine, module, module_args, process)
+        return engine
 
     model = language_model()
     policy = common.make_engine(model, policy_args, policy_config, updates, process)
     common.check_model(policy, model, policy_args, process)
     reference = frozen(language_model(), policy_args, policy_config)
-    critic = scorer_of("--reward_model", args.reward_model)
-    critic = common.make_engine(critic, critic_args, critic_config, updates, process)
-    scorer = frozen(scorer_of("--reward_model", args.reward_model), critic_args, critic_config) if updates else critic
+    critic = scorer_of("--reward_model", args.reward_model) if updates else None
+    critic = critic and common.make_engine(critic, critic_args, critic_config, updates, process)
+    scorer = frozen(scorer_of("--reward_model", args.reward_model), critic_args, critic_config)
     judge = scorer_of("--judge_model", args.judge_model) if args.judge_model else None
     judge = judge and frozen(judge, critic_args, critic_config)
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
-    of_policy = functools.partial(policy_logps, args=args)
+    of_policy = functools.partial(policy_logps, args=args, never=common.unnamed_tokens(model, tokenizer, process))
     output_dir = common.open_output(args, process, OUTPUTS)
     metrics = common.Metrics(output_dir, process, args, total_steps, shown=("score_mean", "kl"))
     process.print(f"{total_steps} steps on {len(train_prompts)} prompts, {len(eval_prompts)} held out -> {output_dir}")

@@ -159,9 +159,10 @@ def encode_texts(
     tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=trust_remote_code, truncation_side="left")
     model = AutoModel.from_pretrained(encoder, trust_remote_code=trust_remote_code, use_safetensors=True)
     model = model.to(device).eval()
-    max_length = min(
-        max_length, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or max_length
-    )
+    places = getattr(getattr(model, "embeddings", None), "position_embeddings", None)  # RoBERTa's begin behind padding
+    reserved = 0 if getattr(places, "padding_idx", None) is None else places.padding_idx + 1
+    positions = (getattr(model.config, "max_position_embeddings", None) or max_length) - reserved
+    max_length = min(max_length, tokenizer.model_max_length, positions)
     unique = list(dict.fromkeys(texts))
     ids = tokenizer(unique, truncation=True, max_length=max_length).input_ids if unique else []
     order = sorted(range(len(unique)), key=lambda i: -len(ids[i]))  # the longest first: a lack of memory shows at once

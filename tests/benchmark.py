@@ -5,8 +5,8 @@
     python tests/benchmark.py --method sft ...
     python tests/benchmark.py --method ppo --batch 16 ...
 
-Contestants, all on the same rows, batch, model (6 layers, 384 wide, 49,152 tokens, random weights), bf16, allocator
-settings and number of threads, one after the other in each round, so that a slow minute hits all:
+Contestants, all on the same rows, batch, model (6 layers, 384 wide, 49,152 tokens, random weights), bf16, allocator and
+OpenMP settings and number of threads, one after the other in each round, so that a slow minute hits all:
 
     ours        the script itself, through the DeepSpeed engine, with logging and TensorBoard
     ours_fixed  (reward, dpo) the same with --constraint fixed: a constrained step should cost no more
@@ -62,7 +62,6 @@ def tldr_like(count: int) -> list[dict]:
 def prepare(args, folder: Path) -> None:
     """Write the model, the rows that all contestants see, and how many useful tokens they hold."""
     import common  # before torch
-    import reward
     import transformers
 
     tokenizer = common.load_tokenizer(args.tokenizer or common.toy_model(), False)
@@ -378,8 +377,9 @@ def main() -> None:
     names = args.only.split(",") if args.only else CONTESTANTS[args.method]
     unit = "prompts/s" if args.method == "ppo" else "tokens/s"
     names = [n for n in names if not n.startswith("trl") or importlib.util.find_spec("trl")]
-    # The same for all: keep freed memory in the process.
+    # The same for all: keep freed memory in the process, and let idle threads sleep.
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     speeds, memory = {name: [] for name in names}, {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         prepare(args, Path(folder))
