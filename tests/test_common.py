@@ -420,8 +420,8 @@ def test_a_models_version_is_that_of_its_files(toy, tmp_path, name, tokens):
     with open(tmp_path / "b" / name, "ab") as file:
         file.write(b"\n")
     for weights, differs in ((True, True), (False, tokens)):
-        versions = {folder: common.model_version(str(tmp_path / folder), weights) for folder in ("a", "b", "same")}
-        assert versions["a"] == versions["same"] and (versions["a"] != versions["b"]) == differs
+        a, b, same = (common.model_version(str(tmp_path / folder), weights=weights) for folder in ("a", "b", "same"))
+        assert a == same and (a != b) == differs
 
 
 def test_metrics_are_means_since_the_last_line_and_rates_without_pauses(process, tmp_path, monkeypatch):
@@ -491,7 +491,8 @@ def small(tokenizer, auto_class=transformers.AutoModelForCausalLM, kind=transfor
 
 
 def test_token_logps_are_those_of_each_row_alone(tokenizer):
-    """Rows of different lengths, padded behind; the head computes the labelled positions and no other."""
+    """Rows of different lengths, padded behind; the head computes the labelled positions and no other. Of what is left
+    where some tokens are never drawn."""
     model = small(tokenizer)
     ids = [torch.randint(3, 512, (n,)).tolist() for n in (9, 4, 6)]
     heads = []
@@ -500,11 +501,14 @@ def test_token_logps_are_those_of_each_row_alone(tokenizer):
     found = common.token_logps(model, batch["labels"], 0.7, input_ids=batch["input_ids"])
     hook.remove()
     assert heads == [6 + 3 + 1]
-    expected = []
-    for row, start in zip(ids, (3, 1, 5)):
-        logits = model(torch.tensor([row])).logits[0, start - 1 : -1] / 0.7
-        expected.append(logits.log_softmax(-1).gather(1, torch.tensor(row[start:])[:, None])[:, 0])
-    assert torch.allclose(found, torch.cat(expected), atol=1e-5)
+    without = [token for token in range(400) if token not in sum(ids, [])]
+    for found, never in ((found, []), (common.token_logps(model, **batch, never=torch.tensor(without)), without)):
+        expected, temperature = [], 1.0 if never else 0.7
+        for row, start in zip(ids, (3, 1, 5)):
+            logits = model(torch.tensor([row])).logits[0, start - 1 : -1] / temperature
+            logits[:, never] = -math.inf
+            expected.append(logits.log_softmax(-1).gather(1, torch.tensor(row[start:])[:, None])[:, 0])
+        assert torch.allclose(found, torch.cat(expected), atol=1e-5)
 
 
 # ---------------------------------------------------------------- what a model is checked for
@@ -536,7 +540,8 @@ def test_a_model_is_tried_before_training(process, tokenizer, kind, values, shar
     model = small(tokenizer, auto_class, transformers.CONFIG_MAPPING[kind], **known | values)
     model = model.to(torch.float32 if dtype == "fp32" else torch.bfloat16)
     model = common.Scorer(model) if scorer else model
-    args = SimpleNamespace(max_length=64, dtype=dtype, model="a model")
+    model.config.name_or_path = "a model"
+    args = SimpleNamespace(max_length=64, dtype=dtype)
     if isinstance(shares, bool):
         assert common.check_model(model, model, args, process) == shares
     else:
@@ -634,10 +639,10 @@ def test_schedule_and_optimizer(process, tokenizer):
 # ---------------------------------------------------------------- sampling
 
 
-def draws(scores: list[float], points: np.ndarray, temperature: float = 1.0, named=None) -> list[int]:
+def draws(scores: list[float], points: np.ndarray, temperature: float = 1.0, never=()) -> list[int]:
     """The token that each point draws."""
-    named = torch.ones(len(scores), dtype=torch.bool) if named is None else torch.tensor(named)
-    sampling = common.Sampling(torch.tensor(points)[:, None], 5, temperature, named)
+    never = torch.tensor(never, dtype=torch.long)
+    sampling = common.Sampling(torch.tensor(points)[:, None], 5, temperature, never)
     left = sampling(torch.zeros(len(points), 5, dtype=torch.long), torch.tensor([scores] * len(points)))
     assert (left > -math.inf).sum(1).tolist() == [1] * len(points)  # greedy decoding has no other choice
     return left.argmax(1).tolist()
@@ -655,7 +660,7 @@ def test_tokens_are_drawn_by_their_probability(temperature):
 def test_a_token_without_a_name_is_never_drawn():
     """Not at the ends of [0, 1) either, and though it has nearly all probability; the others share what is left."""
     points = np.concatenate([[0.0, 1 - 2**-53], (np.arange(1000) + 0.5) / 1000])
-    found = draws([50.0, 1.0, 50.0, 1.0, 50.0], points, named=[False, True, False, True, False])
+    found = draws([50.0, 1.0, 50.0, 1.0, 50.0], points, never=[0, 2, 4])
     assert found[:2] == [1, 3] and np.bincount(found[2:], minlength=5).tolist() == [0, 500, 0, 500, 0]
 
 

@@ -209,6 +209,10 @@ def test_a_run_of_each_constraint(run, small, few, tmp_path, constraint):
     assert constraint != "fixed" or set(bounds) == {4.5}
     assert constraint != "random" or 4 <= min(bounds) < max(bounds) <= 5
     assert np.mean([p["margin"] for p in pairs]) == pytest.approx(metrics[-1]["margin_mean"], abs=1e-5)
+    margin, bound = np.array([p["margin"] for p in pairs]), np.array(bounds, float)
+    assert metrics[-1]["rank_loss"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-4)  # -log σ(z)
+    if constraint != "none":  # -log σ(δ* - z)
+        assert metrics[-1]["constraint_loss"] == pytest.approx(np.log1p(np.exp(margin - bound)).mean(), rel=1e-4)
     assert transformers.AutoModelForCausalLM.from_pretrained(out / "model")
     assert len(json.loads((out / "generations.json").read_text())) == 3
 

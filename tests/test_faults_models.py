@@ -72,7 +72,7 @@ def refuses(step, tmp_path):
         out = tmp_path / "refused"
         with pytest.raises(common.InputError) as caught:
             step(script, *argv, "--output_dir", str(out))
-        message = str(caught.value)
+        message = str(caught.value).replace(str(tmp_path), "")  # which has the test's name in it
         assert "\n" not in message and len(message) < 1000
         for fact in facts:
             assert re.search(fact, message), (fact, message)
@@ -95,7 +95,7 @@ def many(tmp_path_factory) -> list[str]:
     folder, flags = tmp_path_factory.mktemp("many"), []
     for flag, count in (("--dataset", 64), ("--eval_dataset", 8)):
         (folder / flag).mkdir()
-        prompts = [f"{start}{i % 3 * ' please'}\n" for i in range(count) for start in ("Where is the milk?",)]
+        prompts = [f"Where is the milk?{i % 3 * ' please'}\n" for i in range(count)]
         rows = [dict(prompt=p, completion=f"Aisle {i % 5}. Have a nice day!") for i, p in enumerate(prompts)]
         flags += [flag, rows_file(folder / flag, *rows)]
     return flags
@@ -155,8 +155,8 @@ def test_kl_is_0_at_the_first_step_in_bf16(step, tokenizer, data, tmp_path):
 
 
 def test_without_one_dimensional_parameters(step, tokenizer, data, tmp_path):
-    """OLMo's norms have no weight: DeepSpeed removes the empty group, and the schedule then had one rate too many. In
-    another place for each optimizer of DeepSpeed's."""
+    """OLMo's norms have no weight: DeepSpeed removes the empty group, and the schedule then had one rate too many, with
+    each of DeepSpeed's optimizers."""
     model = save_model(tmp_path / "start", small_config("olmo"), tokenizer)
     assert all(p.dim() > 1 for p in transformers.AutoModelForCausalLM.from_pretrained(model).parameters())
     for flags in ("--zero_stage 0", "--zero_stage 2", "--zero_stage 0 --dtype bf16"):
@@ -167,7 +167,6 @@ def test_without_one_dimensional_parameters(step, tokenizer, data, tmp_path):
 
 
 # ---------------------------------------------------------------- positions
-
 
 LONG = "Where is the milk? " * 5
 MIXED = [("Where?\n", "Yes.", "No."), (LONG, "Yes.", "No."), *[("Hello!\n", "A", "B")] * 2]
@@ -206,8 +205,8 @@ def test_answers_do_not_hang_on_their_batch(step, tokenizer, tmp_path, script):
 
 @pytest.mark.parametrize("kind, usable", [(transformers.BertConfig, 16), (transformers.RobertaConfig, 15)])
 def test_an_encoder_with_fewer_positions_than_texts(step, tokenizer, data, tmp_path, kind, usable):
-    """16 positions (RoBERTa's begin behind that of padding), and a tokenizer that claims 1,024: where torch had a word
-    for it, a text now loses its beginning, as it does beyond 512 tokens."""
+    """16 positions (RoBERTa's begin behind that of padding), and a tokenizer that claims 1,024: a text loses its
+    beginning, as it does beyond 512 tokens."""
     short, out = encoder(tmp_path / "short", tokenizer, 16, kind), tmp_path / "out"
     flags = ["--model", llama(tmp_path / "start", tokenizer), *data, "--constraint", "cos_sim", "--encoder", short]
     step(reward, *flags, "--output_dir", str(out))
@@ -259,7 +258,7 @@ def test_two_labels_are_refused(refuses, tokenizer, data, tmp_path):
     """A classifier of two classes has no score."""
     model = llama(tmp_path / "start", tokenizer)
     two = reward_llama(tmp_path / "pair", tokenizer, num_labels=2)
-    facts = (r"(?i)label|output|class", r"\b(2|two)\b", "pair")
+    facts = (r"labels?|outputs?|score\.weight", r"\b(2|two)\b", "pair")
     refuses(reward, ["--model", two, *data], *facts)
     refuses(reward, ["--model", two, *data, "--epochs", "0"], *facts)
     refuses(ppo, [*models_for("ppo", model, two), *data], *facts)

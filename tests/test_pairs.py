@@ -157,6 +157,18 @@ def same_training(mine: Path, other: Path) -> None:
         assert (mine[key] - weight).abs().mean() < 1e-6, key
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_step_says_of_its_pairs_what_evaluation_says(run, few, base, tmp_path, name):
+    """The first step on all pairs, in 3 micro batches of 16, before any weight has moved."""
+    flags = f"--eval_dataset {few.split()[1]} --global_batch_size 48 --micro_batch_size 16 --max_steps 1"
+    run(SCRIPTS[name], f"{base[name]} {flags} --output_dir {tmp_path}/out")
+    before, step, _ = lines(tmp_path / "out" / "metrics.jsonl")
+    shared = before.keys() & step.keys() - {"step", "split"}
+    assert {"loss", "rank_loss", "constraint_loss", "margin_std", "over_bound"} <= shared
+    for key in shared:
+        assert step[key] == pytest.approx(before[key], rel=2e-5, abs=2e-5), key
+
+
 ONE_RANK = """
     reward --zero_stage 0 --micro_batch_size 4 --gradient_checkpointing
     reward --zero_stage 1 --micro_batch_size 16 --offload
