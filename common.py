@@ -760,7 +760,7 @@ def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool,
     """
     pairs = list(zip(batch["chosen_ids"], batch["rejected_ids"], batch["prefix"]))
     width = max(max(len(chosen), len(rejected)) for chosen, rejected, _ in pairs)
-    shared = share_prefix and max(len(c) + len(r) - prefix for c, r, prefix in pairs) < 2 * width
+    shared = share_prefix and max(len(c) + len(r) - max(prefix - 1, 0) for c, r, prefix in pairs) < 2 * width
     rows = []
     for chosen, rejected, prefix in pairs:
         if shared:
@@ -958,6 +958,8 @@ def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config:
         del sharding
     what = f"{flag} {path}"
     for name, found, wanted in info["mismatched_keys"]:
+        if name == "score.weight":
+            raise InputError(f"{what} gives {found[0]} labels, but a reward model has one")
         raise InputError(f"{what}: {name} has the shape {tuple(found)} in its weights, but {tuple(wanted)} is needed")
     rows = model.get_input_embeddings().num_embeddings
     beyond = min(((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows), default=None)
@@ -984,7 +986,7 @@ def no_dropout(config) -> None:
     for name, value in vars(config).items():
         if isinstance(value, transformers.PretrainedConfig):
             no_dropout(value)
-        elif isinstance(value, float) and re.search("drop|jitter", name):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and re.search("drop|jitter", name):
             setattr(config, name, 0.0)
 
 
@@ -1065,10 +1067,10 @@ class TargetLogps(torch.autograd.Function):
         logps = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
         size = 32 if logits.device.type == "cpu" else 4096  # rows whose fp32 copy stays in a CPU's cache
         for rows, target, logp in zip(logits.split(size), targets.split(size), logps.split(size)):
-            scaled = rows.float() / temperature
+            scaled = rows.float() if temperature == 1 else rows.float() / temperature
             logp.copy_(-F.cross_entropy(scaled, target, reduction="none"))
             if ctx.needs_input_grad[0]:
-                rows.copy_(scaled.softmax(-1))
+                rows.copy_((rows if temperature == 1 else scaled).softmax(-1))
         ctx.temperature = temperature
         ctx.save_for_backward(logits, targets, logps)
         return logps
@@ -1189,7 +1191,8 @@ def optimizer_step(step: int, losses: list[torch.Tensor], *engines) -> list[floa
     """The last step() of a global batch, of each (engine, its args); returns the gradients' norms before clipping.
 
     Stops on all ranks, with the weights as they were, where a loss or a gradient is not finite: DeepSpeed would skip
-    the step in silence, or in fp32 without ZeRO write NaN into the weights.
+    the step in silence, or in fp32 without ZeRO write NaN into the weights. (With ZeRO, of two engines the first has
+    stepped when the second's gradient is found.)
     """
     rates = ", ".join(f"{args.learning_rate:g}" for _, args in engines)
     remedy = f"lower the learning rate ({rates}), look at the data, or use --dtype bf16 or fp32"
