@@ -203,10 +203,9 @@ def start(seed: int) -> Process:
         local_ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1  # deepspeed's, torchrun's
         torch.set_num_threads(max(1, cores // int(local_ranks)))
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            # Keep blocks that are freed: activations come back each step, and mapping them anew is slow. But not the
-            # largest, the logits: they come back in other sizes, between which memory would be lost.
-            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-            libc.mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD
+            # Keep large blocks that are freed: activations come back each step, and mapping them anew is slow.
+            for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+                libc.mallopt(parameter, 1 << 30)
     wait, work = datetime.timedelta(minutes=1), datetime.timedelta(hours=2)  # for ranks to come; for rank 0 at work
     if not dist.is_initialized():
         try:
