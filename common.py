@@ -987,7 +987,7 @@ def no_dropout(config) -> None:
         if isinstance(value, transformers.PretrainedConfig):
             no_dropout(value)
         elif isinstance(value, int | float) and not isinstance(value, bool) and re.search("drop|jitter", name):
-            setattr(config, name, 0.0)
+            setattr(config, name, type(value)(0))
 
 
 def load_language_model(flag: str, path: str, args, tokenizer, engine_config: dict):

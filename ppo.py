@@ -230,7 +230,7 @@ def engine_args(args: Args, which: str) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | own)
 
 
-def policy_logps(policy, inputs: dict, args: Args, never: torch.Tensor) -> torch.Tensor:
+def policy_logps(policy, inputs: dict, args: Args, never=()) -> torch.Tensor:
     """log π of each response token, (N,), under the distribution that is sampled, which has no tokens `never`."""
     return common.token_logps(policy, temperature=args.temperature, never=never, **inputs)
 
