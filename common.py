@@ -1269,7 +1269,8 @@ class Sampling(transformers.LogitsProcessor):
         self.points, self.width, self.temperature, self.never = points, width, temperature, never
 
     def __call__(self, input_ids, scores):
-        scores = scores.float().index_fill(1, self.never, -math.inf) / self.temperature  # R V
+        scores = scores.float() / self.temperature  # R V
+        scores = scores.index_fill(1, self.never, -math.inf) if len(self.never) else scores
         cumulated = scores.softmax(-1).double().cumsum(-1)  # R V
         step = input_ids.shape[1] - self.width
         point = self.points[:, step : step + 1] * cumulated[:, -1:]  # R 1
