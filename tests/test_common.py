@@ -16,9 +16,7 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 import common
-import dpo
 import reward
-import sft
 from helpers import lines, rows_file
 from ranks import on_two_ranks
 
