@@ -50,6 +50,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", message=".*(constant|empty).*")  # a correlation is NaN then, written null
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
 NO_LABEL = -100
 LOCKS = []  # of output folders, until the process ends
@@ -249,6 +250,12 @@ def gather_objects(item) -> list:
     return items
 
 
+def interleaved(mine: list) -> list:
+    """The items of all ranks in order, where this rank has every world_size-th, from its own number on."""
+    parts = gather_objects(mine)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """(k, share of the rank) of all ranks as (k, global batch), on the CPU."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -336,10 +343,8 @@ def json_line(values: dict) -> str:
 def model_version(path: str, what: str = "model", weights: bool = True) -> str:
     """What changes when the model does (without weights: its tokenizer): the Hub's commit, or a digest of its files."""
     if not Path(path).is_dir():
-        try:
+        with loading(what, path):
             return f"{path}@{Path(transformers.utils.cached_file(path, 'config.json')).parent.name}"
-        except Exception as error:
-            raise model_error(what, path, error) from error
     kinds = (".json", ".txt", ".model", ".py", ".jinja", *[".safetensors"] * weights)
     return digest(sorted(file for file in Path(path).iterdir() if file.suffix in kinds))
 
@@ -575,6 +580,25 @@ def beginning(tokenizer) -> list[int]:
     return next((ids[:i] for i in range(len(ids)) if ids[i : i + len(plain)] == plain), [])
 
 
+def encode_pair(row: dict, tokenizer, max_length: int, needs_prompt: bool = False) -> dict:
+    """The columns of a pair: texts, tokens, and how many of them the two sequences begin with alike (prefix)."""
+    prompt, chosen, rejected = preference_of(row)
+    prompt_ids, chosen_ids, rejected_ids = tokenize(tokenizer, prompt, chosen, rejected)
+    if chosen == rejected or chosen_ids == rejected_ids:
+        raise Unusable("identical responses")
+    if needs_prompt and not prompt_ids:
+        raise Unusable("prompt without a token")  # nothing would predict the response's first one
+    chosen_ids, rejected_ids = prompt_ids + chosen_ids, prompt_ids + rejected_ids
+    if max(len(chosen_ids), len(rejected_ids)) > max_length:
+        raise Unusable(f"longer than --max_length {max_length}")  # Upstream: truncated
+    prefix = len(os.path.commonprefix([chosen_ids, rejected_ids]))
+    prefix = min(prefix, len(chosen_ids) - 1, len(rejected_ids) - 1)  # each has a token of its own
+    return dict(
+        prompt=prompt, chosen=chosen, rejected=rejected, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
+        prompt_ids=prompt_ids, prefix=prefix, row_length=len(chosen_ids) + len(rejected_ids) - prefix,
+    )
+
+
 def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Rows to train on, none with --epochs 0, and held-out rows: --eval_dataset, or prompts of --dataset."""
     if args.eval_dataset:
@@ -606,7 +630,7 @@ def load_rows(flag: str, name: str, split: str, encode, process: Process) -> dat
     def read_kept(path: Path) -> tuple[datasets.Dataset, dict]:
         return datasets.Dataset.from_file(str(path)), json.loads(path.with_suffix(".json").read_text())
 
-    def build() -> Path | None:
+    def build() -> Path:
         rows, (path, wanted, files) = read_rows(flag, name, split), find_files(name)
         files = files or sorted(file for file in Path(path).rglob("*") if file.is_file())
         content = [digest(files) if files else rows._fingerprint, wanted or split]  # not a name, nor a time
@@ -616,25 +640,19 @@ def load_rows(flag: str, name: str, split: str, encode, process: Process) -> dat
         if path.exists():
             with optional(path, "cannot be read and is made again", Exception):  # cut short
                 return read_kept(path) and path
-        with optional(path, "is not kept for the next run"), writing(path) as part:
-            with open(part, "wb") as stream:
-                counts = write_rows(rows, stream, f"{flag} {name}", encode)
-            write_file(path.with_suffix(".json"), json.dumps(counts))
-            return path
+        for place in (path, Path(tempfile.gettempdir()) / path.name):
+            with optional(place, "cannot be written"), writing(place) as part:
+                write_file(place.with_suffix(".json"), json.dumps(write_rows(rows, part, f"{flag} {name}", encode)))
+                return place
+        raise InputError(f"no room for the rows of {flag}: set PCRM_CACHE to a folder that can be written")
 
-    path = on_rank_0(process, build, each_machine=True)
-    if path is None:  # nowhere to keep them: each rank encodes them for itself
-        buffer = pyarrow.BufferOutputStream()
-        counts = write_rows(read_rows(flag, name, split), buffer, f"{flag} {name}", encode)
-        kept = datasets.Dataset.from_buffer(buffer.getvalue())
-    else:
-        kept, counts = read_kept(path)
+    kept, counts = read_kept(on_rank_0(process, build, each_machine=True))
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     process.print(f"{flag}: {len(kept)} rows" + (f"; dropped {sum(counts.values())}: {reasons}" if counts else ""))
     return kept
 
 
-def write_rows(rows, stream, where: str, encode) -> dict[str, int]:
+def write_rows(rows, path: Path, where: str, encode) -> dict[str, int]:
     """Write the encoded rows as Arrow; returns how many were left out, by reason."""
     counts, writer = Counter(), None
     kinds = {int: datasets.Value("int32"), str: datasets.Value("string"), list: datasets.List(datasets.Value("int32"))}
@@ -648,7 +666,7 @@ def write_rows(rows, stream, where: str, encode) -> dict[str, int]:
             raise InputError(f"{where}, row {number}: {error}") from error
         if writer is None:
             features = datasets.Features({key: kinds[type(value)] for key, value in columns.items()})
-            writer = ArrowWriter(stream=stream, features=features)
+            writer = ArrowWriter(path=str(path), features=features)
         writer.write(columns)
     if writer is None:
         raise InputError(f"{where}: no usable row is left ({', '.join(f'{n} {why}' for why, n in counts.items())})")
@@ -692,14 +710,34 @@ def load_ranked(args, encode, process: Process) -> tuple[datasets.Dataset | None
 
 def rank_correlations(scores: list[float], human: list[list[float]]) -> dict[str, float | None]:
     """Mean over prompts of the rank correlation of a model's scores, prompt after prompt, with the human ones."""
-    if not human:
-        return {"ranked_spearman": None, "ranked_kendall": None}
     scores = iter(scores)
     both = [([next(scores) for _ in own], own) for own in human]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(constant|empty).*")  # then a correlation is NaN
-        spearman, kendall = ([f(*pair).statistic for pair in both] for f in (spearmanr, kendalltau))
-        return {"ranked_spearman": float(np.nanmean(spearman)), "ranked_kendall": float(np.nanmean(kendall))}
+    kinds = {"ranked_spearman": spearmanr, "ranked_kendall": kendalltau}
+    values = {name: [kind(*pair).statistic for pair in both] for name, kind in kinds.items()}
+    return {name: float(np.nanmean(each)) if each else None for name, each in values.items()}
+
+
+def margin_metrics(margin, bound, rank_loss, constraint_loss) -> dict[str, float | None]:
+    """What any loss says of the margins of some pairs, their bounds (NaN: none) and the loss's terms, each (n,)."""
+    bounded = not bound.isnan().any()
+    return {
+        "loss": (rank_loss + constraint_loss).mean().item(),
+        "rank_loss": rank_loss.mean().item(),
+        "constraint_loss": constraint_loss.mean().item() if bounded else None,
+        "accuracy": (margin > 0).float().mean().item(),
+        "margin_mean": margin.mean().item(),
+        "margin_std": margin.std(correction=0).item(),
+        "margin_max": margin.max().item(),
+        "bound_mean": bound.mean().item() if bounded else None,
+        "over_bound": (margin > bound).float().mean().item() if bounded else None,
+    }
+
+
+def pair_correlations(margin: torch.Tensor, similarity: torch.Tensor, pairs) -> dict[str, float]:
+    """How well length alone would rank the pairs, and whether the margin grows where the responses differ."""
+    longer = np.sign([len(c) - len(r) for c, r in zip(pairs["chosen_ids"], pairs["rejected_ids"])])
+    spearman = spearmanr(margin, similarity).statistic
+    return {"length_accuracy": float((longer + 1).mean() / 2), "spearman_similarity": float(spearman)}  # ties: a half
 
 
 # ---------------------------------------------------------------- batches
@@ -898,10 +936,8 @@ def load_tokenizer(path: str, trust_remote_code: bool):
     were EOS, they would be read before EOS. A tokenizer without a padding token of its own lends an unused special
     token (Llama-2: <unk>).
     """
-    try:
+    with loading("tokenizer", path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # OSError, ValueError, KeyError and the Hub's own, by what is missing
-        raise model_error("tokenizer", path, error) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: its tokenizer has no EOS token, which ends every response")
     taken = {tokenizer.eos_token, tokenizer.bos_token}
@@ -943,7 +979,7 @@ def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     # While this object lives, from_pretrained shards every model that it loads; hence made and dropped here.
     sharding = transformers.integrations.HfDeepSpeedConfig(engine_config) if zero_stage(args) == 3 else None
-    try:
+    with loading("model", path):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
         no_dropout(config)
         for name, value in (values | {"pad_token_id": tokenizer.pad_token_id}).items():
@@ -952,10 +988,7 @@ def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config:
             path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )
-    except Exception as error:  # OSError, ValueError, RuntimeError, KeyError and the Hub's own, by what is missing
-        raise model_error("model", path, error) from error
-    finally:
-        del sharding
+    del sharding
     what = f"{flag} {path}"
     for name, found, wanted in info["mismatched_keys"]:
         if name == "score.weight":
@@ -1043,8 +1076,17 @@ def load_reward_model(flag: str, path: str, args, tokenizer, engine_config: dict
     return Scorer(model)
 
 
-def model_error(what: str, path: str, error: Exception) -> InputError:
+@contextlib.contextmanager
+def loading(what: str, path: str):
+    """Inside, a library loads something: whatever it raises, by what is missing, is an InputError."""
     folder = Path(path)
+    try:
+        yield
+        return
+    except InputError:
+        raise
+    except Exception as caught:
+        error = caught
     if folder.is_dir() and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
         reason = "only pickled weights, which can run code when loaded: convert them to safetensors first"
     elif folder.is_dir() and not (folder / "config.json").exists() and (folder / "model").is_dir():
@@ -1055,7 +1097,7 @@ def model_error(what: str, path: str, error: Exception) -> InputError:
         reason = said(error)
     else:
         reason = f"there is no such folder, nor could the Hub give it; download it and pass that ({said(error)})"
-    return InputError(f"cannot load the {what} {path}: {reason}")
+    raise InputError(f"cannot load the {what} {path}: {reason}") from error
 
 
 class TargetLogps(torch.autograd.Function):
@@ -1326,10 +1368,7 @@ def answer_prompts(engine, model, tokenizer, rows: datasets.Dataset, args, proce
     seeds = [[args.seed, number] for number in range(process.rank, len(prompts), process.world_size)]
     rooms = [args.max_length - len(ids) for ids in mine]
     answers = sample(engine, model, tokenizer, mine, rooms, seeds, args.micro_batch_size, process)
-    texts = [""] * len(prompts)
-    mine = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-    for rank, part in enumerate(gather_objects(mine)):
-        texts[rank :: process.world_size] = part
+    texts = interleaved([tokenizer.decode(answer, skip_special_tokens=True) for answer in answers])
     for prompt, answer in list(zip(prompts, texts))[:3]:
         process.print(f"sample: {prompt!r} -> {answer!r}")
     write_generations(list(zip(prompts, texts)), args, process)

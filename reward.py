@@ -22,15 +22,12 @@ import common  # first: it sets what torch reads when it is loaded
 import functools
 import json
 import math
-import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from priors import (
@@ -124,23 +121,6 @@ def preset(task: str, constraint: str) -> dict:
 # ---------------------------------------------------------------- data
 
 
-def encode_pair(row: dict, tokenizer, max_length: int) -> dict:
-    """The columns of a pair: texts, tokens, and how many of them the two sequences begin with alike (prefix)."""
-    prompt, chosen, rejected = common.preference_of(row)
-    prompt_ids, chosen_ids, rejected_ids = common.tokenize(tokenizer, prompt, chosen, rejected)
-    if chosen == rejected or chosen_ids == rejected_ids:
-        raise common.Unusable("identical responses")
-    chosen_ids, rejected_ids = prompt_ids + chosen_ids, prompt_ids + rejected_ids
-    if max(len(chosen_ids), len(rejected_ids)) > max_length:
-        raise common.Unusable(f"longer than --max_length {max_length}")  # Upstream: truncated
-    prefix = len(os.path.commonprefix([chosen_ids, rejected_ids]))
-    prefix = min(prefix, len(chosen_ids) - 1, len(rejected_ids) - 1)  # each has a token of its own
-    return dict(
-        prompt=prompt, chosen=chosen, rejected=rejected, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
-        prefix=prefix, row_length=len(chosen_ids) + len(rejected_ids) - prefix,
-    )
-
-
 def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> dict[str, torch.Tensor]:
     """Inputs for B pairs (see common.collate_pairs). The head sees the last token, EOS, of chosen and of rejected."""
     inputs, labels, branch, _ = common.collate_pairs(batch, pad_token_id, share_prefix, dtype, device)
@@ -155,29 +135,22 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
         lengths = zip(pairs["chosen_ids"], pairs["rejected_ids"], pairs["prefix"])
         return length_ratio(*torch.tensor([(len(c) - prefix, len(r) - prefix) for c, r, prefix in lengths]).T)
-    texts = [prompt + r for prompt, *both in zip(pairs["prompt"], pairs["chosen"], pairs["rejected"]) for r in both]
+    texts = [[x + y, x + z] for x, y, z in zip(pairs["prompt"], pairs["chosen"], pairs["rejected"])]
 
     def content() -> list:
         return [common.model_version(args.encoder, "encoder"), args.encoder_pooling, texts]
 
     def compute() -> torch.Tensor:
-        mine = [text for i, text in enumerate(texts) if i // 2 % process.world_size == process.rank]
+        mine = [text for both in texts[process.rank :: process.world_size] for text in both]
         progress = functools.partial(tqdm, desc="similarity", unit="batch", mininterval=2, disable=process.rank > 0)
         embeddings = encode_texts(
             mine, args.encoder, args.encoder_pooling, device=process.device, progress=progress,
             trust_remote_code=args.trust_remote_code,
         )
-        similarity = torch.empty(len(pairs))  # n
-        for rank, part in enumerate(common.gather_objects(cosine_similarity(embeddings[0::2], embeddings[1::2]))):
-            similarity[rank :: process.world_size] = part
-        return similarity
+        return torch.tensor(common.interleaved(cosine_similarity(embeddings[0::2], embeddings[1::2]).tolist()))
 
-    try:
+    with common.loading("encoder", args.encoder):
         return common.cached("similarity", content, compute, process)
-    except common.InputError:
-        raise
-    except Exception as error:  # of the encoder's loading, by what is missing, and of its embeddings
-        raise common.model_error("encoder", args.encoder, error) from error
 
 
 def pair_bounds(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Tensor:
@@ -200,18 +173,7 @@ def pair_bounds(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.T
 
 def pair_metrics(chosen, rejected, bound, rank_loss, constraint_loss) -> dict[str, float | None]:
     """The public metrics of some pairs, from their scores, bounds (NaN: none) and losses, each of shape (n,)."""
-    margin = chosen - rejected
-    bounded = not bound.isnan().any()
-    return {
-        "loss": (rank_loss + constraint_loss).mean().item(),
-        "rank_loss": rank_loss.mean().item(),
-        "constraint_loss": constraint_loss.mean().item() if bounded else None,
-        "accuracy": (margin > 0).float().mean().item(),
-        "margin_mean": margin.mean().item(),
-        "margin_std": margin.std(correction=0).item(),
-        "margin_max": margin.max().item(),
-        "bound_mean": bound.mean().item() if bounded else None,
-        "over_bound": (margin > bound).float().mean().item() if bounded else None,
+    return common.margin_metrics(chosen - rejected, bound, rank_loss, constraint_loss) | {
         "chosen_score": chosen.mean().item(),
         "rejected_score": rejected.mean().item(),
         "score_std": torch.cat([chosen, rejected]).std(correction=0).item(),
@@ -231,14 +193,9 @@ def evaluate(engine, pairs, similarity, ranked, args: Args, collator, process) -
     if args.constraint != "none":
         constraint_loss = ranking_loss(bound - margin)
     metrics = pair_metrics(chosen, rejected, bound, rank_loss, constraint_loss)
-    longer = np.sign([len(c) - len(r) for c, r in zip(pairs["chosen_ids"], pairs["rejected_ids"])])
-    metrics["length_accuracy"] = float((longer + 1).mean() / 2)  # a tie counts half
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(constant|empty).*")  # then the correlation is NaN, written null
-        metrics["spearman_similarity"] = float(spearmanr(margin, similarity).statistic)
     rows, human = ranked
     own = common.over_rows(engine, scores, rows, args, process)[:, 0].tolist() if human else []
-    metrics |= common.rank_correlations(own, human)
+    metrics |= common.pair_correlations(margin, similarity, pairs) | common.rank_correlations(own, human)
     columns = dict(chosen_score=chosen, rejected_score=rejected, margin=margin, similarity=similarity, bound=bound)
     lines = [dict(zip(columns, values)) for values in zip(*(column.tolist() for column in columns.values()))]
     return metrics, lines
@@ -257,7 +214,7 @@ def main(args: Args) -> None:
     if args.constraint == "cos_sim":
         args.encoder = args.encoder or encoder_of_training(args)
 
-    encode = functools.partial(encode_pair, tokenizer=tokenizer, max_length=args.max_length)
+    encode = functools.partial(common.encode_pair, tokenizer=tokenizer, max_length=args.max_length)
     train_pairs, eval_pairs = common.load_data(args, encode, process)
     ranked = common.load_ranked(args, encode, process)
     train_similarity = similarities(train_pairs, args, process) if len(train_pairs) else torch.empty(0)

@@ -118,9 +118,8 @@ def encoded(row: dict, tokenizer, args) -> dict | None:
     """The columns of a pair as the script makes them; None if it is too long."""
     import common
 
-    script = importlib.import_module("dpo" if args.method == "dpo" else "reward")
     try:
-        return script.encode_pair(row, tokenizer, args.max_length)
+        return common.encode_pair(row, tokenizer, args.max_length, needs_prompt=args.method == "dpo")
     except common.Unusable:
         return None
 

@@ -16,7 +16,6 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 import common
-import reward
 from helpers import lines, rows_file
 from ranks import on_two_ranks
 
@@ -169,7 +168,7 @@ def pairs_of(*per_prompt: int) -> list[dict]:
     return [dict(prompt=f"{p}\n", chosen=f"yes {i}", rejected="no") for p, n in enumerate(per_prompt) for i in range(n)]
 
 
-def load(process, tokenizer, data: str, eval_data: str = "", seed: int = 1, epochs: int = 1, encode=reward.encode_pair):
+def load(process, tokenizer, data: str, eval_data: str = "", seed: int = 1, epochs: int = 1, encode=common.encode_pair):
     args = SimpleNamespace(dataset=data, eval_dataset=eval_data, seed=seed, epochs=epochs)
     encode = functools.partial(encode, tokenizer=tokenizer, max_length=40)
     return common.load_data(args, encode, process)
@@ -195,7 +194,7 @@ def test_rows_are_encoded_once_and_again_when_something_changes(process, tokeniz
 
     def encode(row, tokenizer, max_length):
         seen.append(row["prompt"])
-        return reward.encode_pair(row, tokenizer, max_length)
+        return common.encode_pair(row, tokenizer, max_length)
 
     rows = [PLAIN, PLAIN | dict(chosen="yes " * 50), PLAIN | dict(chosen="b"), PLAIN | dict(prompt="q")]
     data, said = rows_file(tmp_path, *rows), []
@@ -234,7 +233,7 @@ def test_ranked_responses(process, tokenizer, tmp_path):
         dict(prompt="s", responses=["d", "e", "f", "g"], scores=[2, 2, 2, 1.5]),
     ]
     args = SimpleNamespace(ranked_dataset=rows_file(tmp_path, *ranked))
-    encode = functools.partial(reward.encode_pair, tokenizer=tokenizer, max_length=40)
+    encode = functools.partial(common.encode_pair, tokenizer=tokenizer, max_length=40)
     rows, human = common.load_ranked(args, encode, process)
     assert human == [[1, 2, 3], [2, 2, 2, 1.5]]
     assert list(zip(rows["prompt"], rows["chosen"])) == [("p", r) for r in "abc"] + [("s", r) for r in "defg"]
@@ -736,7 +735,7 @@ def of_two_ranks(folder: str) -> None:
 
     def encode(row, tokenizer, max_length):
         seen.append(row)
-        return reward.encode_pair(row, tokenizer, max_length)
+        return common.encode_pair(row, tokenizer, max_length)
 
     train, held_out = load(process, tokenizer, str(Path(folder) / "rows.jsonl"), encode=encode)
     assert len(seen) == (20 if rank == 0 else 0)

@@ -17,6 +17,7 @@ from test_reward import TEXTS, family_model
 
 CPU = torch.device("cpu")
 NONE = common.NO_LABEL
+NAMES = ("prompt", "chosen", "rejected")
 SHORT = "--max_steps 3 --log_every 1 --micro_batch_size 4 --global_batch_size 16 --generate 3"
 
 
@@ -29,7 +30,7 @@ def small(run, tmp_path_factory) -> str:
 
 
 def encoded(tokenizer, *texts: tuple[str, str, str]) -> list[dict]:
-    return [dpo.encode_pair(dict(zip(("prompt", "chosen", "rejected"), own)), tokenizer, 1000) for own in texts]
+    return [common.encode_pair(dict(zip(NAMES, own)), tokenizer, 1000, needs_prompt=True) for own in texts]
 
 
 def collate(pairs: list[dict], share: bool = True, pad: int = 0) -> dict:

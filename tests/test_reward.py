@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def encoded(tokenizer, *texts: tuple[str, str, str], max_length: int = 1000) -> list[dict]:
     rows = [dict(zip(("prompt", "chosen", "rejected"), own)) for own in texts]
-    return [reward.encode_pair(row, tokenizer, max_length) for row in rows]
+    return [common.encode_pair(row, tokenizer, max_length) for row in rows]
 
 
 def columns(pairs: list[dict]) -> dict[str, list]:
@@ -186,7 +186,7 @@ def test_embedded_pairs_span_the_method(tokenizer):
         [json.loads(line) for line in open(common.DATA / f"preference_{split}.jsonl")] for split in ("train", "eval")
     )
     assert not {row["prompt"] for row in held_out} & {row["prompt"] for row in rows}
-    pairs = columns([reward.encode_pair(row, tokenizer, 256) for row in rows])
+    pairs = columns([common.encode_pair(row, tokenizer, 256) for row in rows])
     ratios = reward.similarities(pairs, reward.Args(), None)
     assert ratios.min() <= 0.1 and ratios.max() == 1
     golds = [[toy_data.gold_score(row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in rows]

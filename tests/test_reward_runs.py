@@ -97,7 +97,7 @@ def test_the_saved_model_gives_the_scores_of_training(train, tmp_path, tokenizer
     folder, logged = tmp_path / "out" / "model", lines(tmp_path / "out" / "eval.jsonl")[:12]
     assert list(folder.glob("*.safetensors")) and not list(folder.glob("*.bin"))
     rows = lines(common.DATA / "preference_eval.jsonl")[:12]
-    pairs = [reward.encode_pair(row, tokenizer, 256) for row in rows]
+    pairs = [common.encode_pair(row, tokenizer, 256) for row in rows]
     ids = [pair[side] for pair in pairs for side in ("chosen_ids", "rejected_ids")]
     texts, expected = sequences(rows), scores(logged)
     assert expected.std() > 0.05
