@@ -26,9 +26,12 @@ import json
 import math
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -50,18 +53,29 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", message=".*(constant|empty).*")  # a correlation is NaN then, written null
+CONSTANT = "An input array is constant|Mean of empty slice|One or more sample arg"
+warnings.filterwarnings("ignore", message=CONSTANT)  # a correlation is NaN then, null in files
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
 NO_LABEL = -100
 LOCKS = []  # of output folders, until the process ends
+ENDING = threading.Event()  # set when this rank ends
+MODEL_FLAGS = ("model", "ref_model", "policy_model", "reward_model", "judge_model", "encoder")
+# Flags that --resume may change: neither weights nor answers depend on them.
+FREE_FLAGS = "resume overwrite output_dir save_every keep log_every eval_every local_rank".split()
 
 
 class InputError(Exception):
     """Something that the user can mend. The message says what, where and how, in one line, not too long."""
 
+    status = 1  # of the process
+
     def __init__(self, message):
         message = re.sub(r"\s*\n\s*", " ", str(message))
         super().__init__(message if len(message) < 900 else f"{message[:600]} ... {message[-200:]}")
+
+
+class Stopped(InputError):
+    """A signal has ended the run, after a checkpoint."""
 
 
 class Unusable(Exception):
@@ -139,28 +153,59 @@ class Process:
 
 
 def run(main, args_class, preset) -> None:
-    """Parse the flags and call main(args); an InputError becomes one line on stderr and status 1, on all ranks."""
+    """Parse the flags and call main(args). What ends a run early is the last thing on the screen.
+
+    The status, on all ranks, is 1 after an error, 128 + its number after a signal.
+    """
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # the disk's fault, not the program's
+    status = message = 0
     try:
         find_ranks()
         main(parse_args(args_class, preset))
-        status = 0
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in full:
-            raise
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(10)  # rank 0 says what all ranks found, and the launcher ends this one; unless it stands alone
-        message = said(error) if isinstance(error, OSError) else error
-        tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)  # clears a progress bar before it
-        status = 1
-    finally:
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except Stopped as stopped:
+        status, message = stopped.status, stopped if os.environ["RANK"] == "0" else ""
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        ENDING.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's
+        status, rank = 1, int(os.environ.get("RANK", 0))
+        if isinstance(error, InputError) or isinstance(error, OSError) and error.errno in full:
+            time.sleep(10 * (rank > 0))  # rank 0 says what all ranks found, and the launcher ends this one
+            message = f"error: {error if isinstance(error, InputError) else said(error)}"
+        elif re.search(r"(?i)closed by peer|reset by peer|broken pipe|gloo|nccl", str(error)):
+            time.sleep(20)  # the rank that failed says why
+            message = f"error: rank {rank} has lost another rank, whose message, if it left one, stands above"
+        else:
+            traceback.print_exc()
+            message = f"error: rank {rank}: {said(error)}"
+    if message:
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # clears a progress bar before it
+    ENDING.set()
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if several and status != 1:
+        dist.barrier()  # none of the others watches this rank any longer
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     # Gloo's threads now and then abort a process of several ranks that ends in the usual way, after all work is done.
     (os._exit if several and not torch.cuda.is_available() else sys.exit)(status)
+
+
+def watch(store, rank: int, world_size: int) -> None:
+    """End this process within a minute after another, where it waits or works alone and would not notice."""
+    last = idle = [0] * world_size
+    while not ENDING.wait(5):
+        with contextlib.suppress(Exception):  # the store is rank 0's
+            store.add(f"ticks {rank}", 1)
+            now = [store.add(f"ticks {other}", 0) for other in range(world_size)]
+            idle = [count + 1 if a == b else 0 for a, b, count in zip(last, now, idle)]  # in ticks: a job may sleep
+            last = now
+            if max(idle) < 8:
+                continue
+        os.write(2, f"error: rank {rank} ends, because rank {idle.index(max(idle))} has ended\n".encode())
+        os._exit(1)
 
 
 def find_ranks() -> None:
@@ -221,6 +266,8 @@ def start(seed: int) -> Process:
         store.set_timeout(work)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=work)
+        if world_size > 1:
+            threading.Thread(target=watch, args=(store.clone(), rank, world_size), daemon=True).start()
     deepspeed.init_distributed(verbose=False, timeout=work)
     transformers.set_seed(seed)
     return Process(rank, world_size, device)
@@ -361,7 +408,7 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
     """Make --output_dir, runs/<script>-<constraint>-<time> by default, lock it, and write args.json into it.
 
     `outputs` is what the script writes there, the last one at its end. Only what an earlier run of the script left is
-    replaced: one that was cut off, or with --overwrite a finished one.
+    replaced: one that was cut off, or with --overwrite a finished one; nothing where --resume finds a checkpoint.
     """
 
     def make() -> str:
@@ -377,9 +424,12 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
             LOCKS[-1].acquire()
         except filelock.Timeout as error:
             raise InputError(f"--output_dir {folder} is in use by another run: choose another folder") from error
-        for old in check_output(args, folder, outputs):
+        found = check_output(args, folder, outputs, resolved=True)
+        for old in [] if args.resume and whole(folder) else found:
             if old.name != "model" or not args.epochs:  # that stays until the new one is whole
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for part in [*folder.glob("*.part"), *folder.glob("checkpoints/*.part")]:  # of a run that was killed
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
         args.output_dir = str(folder)
         write_file(folder / "args.json", json.dumps(vars(args), indent=2) + "\n")
         return str(folder)
@@ -388,25 +438,144 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
     return Path(args.output_dir)
 
 
-def check_output(args, folder: Path, outputs: tuple[str, ...]) -> list[Path]:
-    """What would be replaced in the folder; InputError if it must not be."""
+def check_output(args, folder: Path, outputs: tuple[str, ...], resolved: bool = False) -> list[Path]:
+    """What would be replaced in the folder; InputError if it must not be. Ends a process that resumes a finished run.
+
+    resolved: flags that were left empty have their values by now.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file: choose a folder")
-    for flag in ("model", "ref_model", "policy_model", "reward_model", "judge_model"):
+    for flag in MODEL_FLAGS:
         model = Path(getattr(args, flag, "") or "-").resolve()
         if (folder / "model").resolve() in (model, *model.parents):
             raise InputError(f"--output_dir {folder} holds --{flag} {model} itself: choose another folder")
     try:
-        ours = json.loads((folder / "args.json").read_text(encoding="utf-8")).keys() == vars(args).keys()
+        theirs = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        ours = theirs.keys() == vars(args).keys()
     except (OSError, ValueError, AttributeError):
         ours = False
-    found = [folder / name for name in ("args.json", "metrics.jsonl", "tensorboard", "model", *outputs)]
+    found = [folder / name for name in ("args.json", "metrics.jsonl", "tensorboard", "model", "checkpoints", *outputs)]
     found = [path for path in found if path.exists()]
     if found and not ours:
         raise InputError(f"--output_dir {folder} holds {found[-1].name}, left by no run of this script: choose another")
-    if (folder / outputs[-1]).exists() and not args.overwrite:
+    finished = (folder / outputs[-1]).exists()
+    if args.resume and (finished or whole(folder)):
+        for name, value in vars(args).items():
+            given = resolved or value != "" and name != "micro_batch_size"
+            if given and name not in FREE_FLAGS and theirs[name] != value:
+                raise InputError(f"--resume: --{name} is {value}, but {theirs[name]} in the run in {folder}")
+        if finished:
+            print(f"{folder} holds this run, finished" if os.environ.get("RANK", "0") == "0" else "", end="\n")
+            sys.exit(0)
+    elif finished and not args.overwrite:
         raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
+    elif whole(folder) and not args.overwrite:
+        raise InputError(f"--output_dir {folder} holds checkpoints of a run: pass --resume to go on, or --overwrite")
     return found
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def whole(folder: Path) -> list[Path]:
+    """The checkpoints of a run that are whole, the newest last."""
+    steps = [path for path in folder.glob("checkpoints/step-*") if path.name[5:].isdigit()]
+    return sorted(steps, key=lambda path: int(path.name[5:]))
+
+
+class Checkpoints:
+    """checkpoints/step-N: all that decides the rest of a run, from which --resume goes on to the same bits.
+
+    Written every --save_every steps, and after the step in which SIGTERM or SIGINT comes. `step` and `state` (what the
+    script wants back) are those of the checkpoint that this run goes on from; without one 0 and empty.
+    """
+
+    def __init__(self, folder: Path, metrics, args, process: Process, total_steps: int, rows, **engines):
+        self.folder, self.metrics, self.args, self.process, self.rows = folder, metrics, args, process, rows
+        self.engines, self.total_steps, self.step, self.state = engines, total_steps, 0, {}
+        self.failures, self.signal, self.since = [], 0, math.inf
+        if not total_steps:
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+        for engine in engines.values():
+            engine.checkpoint_engine.save, engine._copy_recovery_script = self.write, lambda path: None
+        newest = on_rank_0(process, lambda: args.resume and next(iter(whole(folder)[::-1]), None))
+        if newest:
+            saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
+            for name, now in on_rank_0(process, lambda: self.identity).items():
+                if (then := saved["identity"].get(name)) != now:
+                    raise InputError(f"--resume: {name} is {now}, but was {then} when {newest} was written")
+            with loading("checkpoint", str(newest)):
+                for tag, engine in engines.items():
+                    engine.load_checkpoint(str(newest), tag=tag)
+            self.step, self.state = saved["step"], saved["state"]
+            metrics.go_on(self.step, **saved["metrics"])
+            process.print(f"resumed from {newest}")
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        """What must not change until the run goes on, and is no flag."""
+        files = [Path(file["filename"]) for rows in self.rows for file in rows.cache_files]
+        skipped = "" if getattr(self.args, "constraint", "") == "cos_sim" else "encoder"
+        models = {flag: getattr(self.args, flag, "") for flag in MODEL_FLAGS if flag != skipped}
+        versions = {f"--{flag}": model_version(path) for flag, path in models.items() if path}
+        return {"the number of ranks": self.process.world_size, "the digest of the rows": digest(files)} | versions
+
+    def rest_of(self, epoch: int, batches: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(step, batch) of the epoch's batches that are still to be trained on."""
+        steps = enumerate(batches, epoch * len(batches) + 1)
+        return [(step, batch) for step, batch in steps if self.step < step <= self.total_steps]
+
+    def on_signal(self, number: int, frame) -> None:
+        if time.monotonic() > self.since + 2:  # before, it is the launcher that passes the first one on
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.signal and self.process.rank == 0:
+            os.write(2, b"\nsignal: a checkpoint follows the step in hand; a second signal ends the run at once\n")
+        self.signal, self.since = number, min(self.since, time.monotonic())
+
+    def step_done(self, step: int, **state) -> None:
+        """After a step and its evaluation: a checkpoint if one is due; Stopped, on all ranks, after a signal to any."""
+        number = torch.tensor(self.signal, device=self.process.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number == 0 and not (self.args.save_every and step % self.args.save_every == 0):
+            return
+        try:
+            with self.metrics.paused():
+                self.save(step, {"step": step, "state": state, "metrics": self.metrics.state()})
+        except InputError as error:  # the run goes on, with the checkpoint before
+            self.process.print(f"warning: no checkpoint at step {step}: {error}")
+        if number:
+            newest = on_rank_0(self.process, lambda: whole(self.folder)[-1:])
+            how = f"give the same command again with --resume --output_dir {self.folder}"
+            stopped = Stopped(f"stopped after step {step}, kept: {[p.name for p in newest]}; to go on, {how}")
+            stopped.status = 128 + int(number)
+            raise stopped
+
+    def save(self, step: int, state: dict) -> None:
+        path = self.folder / "checkpoints" / f"step-{step}"
+        with writing(path) if self.process.rank == 0 else contextlib.nullcontext() as part:
+            part = on_rank_0(self.process, lambda: [(part / tag).mkdir(parents=True) for tag in self.engines] and part)
+            for tag, engine in self.engines.items():
+                engine.save_checkpoint(str(part), tag=tag, save_latest=False)
+            failures, self.failures = sum(gather_objects(self.failures), []), []
+            if failures:
+                raise InputError(failures[0])
+            state = json.dumps(state | {"identity": self.process.rank == 0 and self.identity})
+            on_rank_0(self.process, lambda: write_file(part / "state.json", state))
+        for old in whole(self.folder)[: -max(self.args.keep, 1)] if self.process.rank == 0 else ():
+            shutil.rmtree(old.rename(f"{old}.part"))  # killed in here, it does not look whole
+
+    def write(self, state_dict, path: str) -> None:
+        """In place of DeepSpeed's own, which on one rank's full disk would leave the others waiting."""
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            self.failures.append(f"{path}: {said(error)}")
 
 
 # ---------------------------------------------------------------- rows
@@ -862,8 +1031,21 @@ class Metrics:
         self.history, self.amounts, self.since, self.enabled = [], Counter(), time.perf_counter(), process.rank == 0
         self.bar = tqdm(total=total_steps, unit="step", disable=None if self.enabled and total_steps else True)
         if self.enabled:
-            self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+            self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
             self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def state(self) -> dict:
+        """What later lines depend on."""
+        if self.enabled:
+            self.board.flush()
+        return {"history": self.history, "size": self.file.tell() if self.enabled else 0}
+
+    def go_on(self, step: int, history: list[dict], size: int) -> None:
+        """Go on after the step at which state() was taken: what was written since then is cut off."""
+        self.history, self.bar.initial, self.bar.n = history, step, step
+        if self.enabled:
+            self.file.truncate(min(size, self.file.tell()))
+            self.board = type(self.board)(self.board.log_dir, purge_step=step + 1)
 
     def add(self, step: int, values: dict, last: bool = False, **amounts: int) -> bool:
         """Keep a step's values; every --log_every steps write their means, and amounts per second. Whether it wrote."""

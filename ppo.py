@@ -88,6 +88,9 @@ class Args:
     seed: int = 42  # Of the held-out split, the order of the prompts and the sampled responses.
     log_every: int = 5  # Steps between lines of metrics; the first step always has one.
     eval_every: int = 0  # Steps between evaluations; 0: only before and after training.
+    save_every: int = 0  # Steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends the run.
+    keep: int = 2  # The newest checkpoints that stay.
+    resume: bool = False  # Go on from the newest checkpoint in --output_dir; begin where there is none.
     trust_remote_code: bool = False  # Run Python code that comes with a model.
     local_rank: int = -1  # Given by the launcher, which also sets the LOCAL_RANK that is used.
 
@@ -401,6 +404,8 @@ def main(args: Args) -> None:
     of_policy = functools.partial(policy_logps, args=args, never=common.unnamed_tokens(model, tokenizer, process))
     output_dir = common.open_output(args, process, OUTPUTS)
     metrics = common.Metrics(output_dir, process, args, total_steps, shown=("score_mean", "kl"))
+    rows, engines = (train_prompts, eval_prompts), dict(policy=policy, critic=critic)
+    checkpoints = common.Checkpoints(output_dir, metrics, args, process, total_steps, rows, **engines)
     process.print(f"{total_steps} steps on {len(train_prompts)} prompts, {len(eval_prompts)} held out -> {output_dir}")
 
     def evaluate_now(step: int, first: list[dict] | None) -> list[dict]:
@@ -412,13 +417,12 @@ def main(args: Args) -> None:
         metrics.write(step, "eval", eval_metrics(lines, first or lines, judge is not None))
         return lines
 
-    lines = first_lines = evaluate_now(0, None)
-    step, first_score, below_zero, too_far = 0, None, 0, False
+    state = checkpoints.state or dict(first_lines=evaluate_now(0, None), first_score=None, below_zero=0)
+    step, lines, too_far = checkpoints.step, state["first_lines"], False
     for epoch in range(args.epochs):
         order = np.random.default_rng([args.seed, epoch]).permutation(len(train_prompts))
         batches = order[: len(order) // args.global_batch_size * args.global_batch_size]
-        for batch in batches.reshape(-1, args.global_batch_size)[: 0 if too_far else total_steps - step]:
-            step += 1
+        for step, batch in checkpoints.rest_of(epoch, batches.reshape(-1, args.global_batch_size)):
             clock = [time.perf_counter()]
 
             # 1 sample: each rank answers its share of the prompts
@@ -486,14 +490,15 @@ def main(args: Args) -> None:
             scores, kl, response_tokens, ended = common.gather(torch.stack([
                 rollout.scores, kl, is_response.sum(1).float(), rollout.ended.float()
             ]))  # each (global batch,)
-            first_score = scores.mean().item() if first_score is None else first_score
+            if state["first_score"] is None:
+                state["first_score"] = scores.mean().item()
             residual, spread = moments(returns - rollout.values, is_response)[1], moments(returns, is_response)[1]
             seconds = np.diff(clock).tolist()
             policy_norm, critic_norm = np.mean(norms, axis=0).tolist()
             values = {
                 "lr": rate, "policy_grad_norm": policy_norm, "critic_grad_norm": critic_norm,
                 "score_mean": scores.mean(), "score_std": scores.std(correction=0), "score_max": scores.max(),
-                "score_growth": scores.mean() - first_score, "kl": kl.mean(),
+                "score_growth": scores.mean() - state["first_score"], "kl": kl.mean(),
                 "entropy": -moments(rollout.logps, is_response)[0],
                 "response_tokens": response_tokens.mean(), "ended_by_eos": ended.mean(),
                 "policy_loss": means[0], "value_loss": means[1],
@@ -501,8 +506,8 @@ def main(args: Args) -> None:
                 "explained_variance": 1 - residual / spread, "returns_mean": moments(returns, is_response)[0],
                 "seconds_sample": seconds[0], "seconds_score": seconds[1], "seconds_learn": seconds[2],
             }
-            below_zero = below_zero + 1 if kl.mean() < -1e-3 else 0
-            if below_zero == 5:
+            state["below_zero"] = state["below_zero"] + 1 if kl.mean() < -1e-3 else 0
+            if state["below_zero"] == 5:
                 process.print(f"warning: step {step}: the mean KL has been below 0 for 5 steps, which a KL cannot be: "
                               "the responses are not drawn from the policy's own distribution")
             too_far = 0 < args.max_kl < kl.mean()
@@ -514,11 +519,14 @@ def main(args: Args) -> None:
                 process.print(f"stopped at step {step}: the KL is above --max_kl {args.max_kl:g}")
                 break
             if args.eval_every and step % args.eval_every == 0 and step < total_steps:
-                evaluate_now(step, first_lines)
+                evaluate_now(step, state["first_lines"])
+            checkpoints.step_done(step, **state)
+        if too_far:
+            break
 
     if step:
         common.save_model(policy, model, tokenizer, output_dir / "model", process)
-        lines = evaluate_now(step, first_lines)
+        lines = evaluate_now(step, state["first_lines"])
     metrics.close()
     if process.rank == 0:
         plot_steps(output_dir / "metrics.jsonl", output_dir / "ppo.png")

@@ -84,6 +84,9 @@ class Args:
     seed: int = 42  # Of the held-out split, the order of the pairs, random bounds and the new score head.
     log_every: int = 10  # Optimizer steps between lines of metrics; the first step always has one.
     eval_every: int = 0  # Optimizer steps between evaluations; 0: only before and after training.
+    save_every: int = 0  # Optimizer steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends the run.
+    keep: int = 2  # The newest checkpoints that stay.
+    resume: bool = False  # Go on from the newest checkpoint in --output_dir; begin where there is none.
     trust_remote_code: bool = False  # Run Python code that comes with a model.
     local_rank: int = -1  # Given by the launcher, which also sets the LOCAL_RANK that is used.
 
@@ -232,6 +235,8 @@ def main(args: Args) -> None:
     output_dir = common.open_output(args, process, OUTPUTS)
     shown = ("loss", "accuracy", "margin_mean", "margin_max")
     metrics = common.Metrics(output_dir, process, args, total_steps, shown)
+    pairs = (train_pairs, eval_pairs)
+    checkpoints = common.Checkpoints(output_dir, metrics, args, process, total_steps, pairs, engine=engine)
     process.print(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> list[dict]:
@@ -240,13 +245,13 @@ def main(args: Args) -> None:
         metrics.write(step, "eval", values)
         return lines
 
-    step, lines = 0, evaluate_now(0)
+    lines = [] if checkpoints.step else evaluate_now(0)
     lengths = np.array(train_pairs["row_length"][:])
     tokens = lengths + np.array(train_pairs["prefix"][:])  # the prompt counted once for each response
     for epoch in range(args.epochs):
         bounds = pair_bounds(train_similarity, args, epoch).to(process.device)  # n
-        for batch in common.global_batches(lengths, args.global_batch_size, args.seed, epoch)[: total_steps - step]:
-            step += 1
+        batches = common.global_batches(lengths, args.global_batch_size, args.seed, epoch)
+        for step, batch in checkpoints.rest_of(epoch, batches):
             losses, records = [], []
             for i, rows in enumerate(batch.reshape(accumulation, process.world_size, -1)[:, process.rank]):
                 chosen, rejected = engine(**collator(train_pairs[rows])).logits.view(-1, 2).T  # B, B
@@ -269,10 +274,11 @@ def main(args: Args) -> None:
             metrics.add(step, values, pairs=len(batch), tokens=tokens[batch].sum())
             if args.eval_every and step % args.eval_every == 0 and step < total_steps:
                 evaluate_now(step)
+            checkpoints.step_done(step)
 
-    if step:
+    if total_steps:
         common.save_model(engine, scorer.classifier, tokenizer, output_dir / "model", process)
-        lines = evaluate_now(step)
+        lines = evaluate_now(total_steps)
     metrics.close()
     if process.rank == 0:
         common.plot_margins(lines, args, output_dir / "margins.png")

@@ -62,6 +62,9 @@ class Args:
     seed: int = 42  # Of the held-out split, the order of the rows and the sampled answers.
     log_every: int = 10  # Optimizer steps between lines of metrics; the first step always has one.
     eval_every: int = 0  # Optimizer steps between evaluations; 0: only before and after training.
+    save_every: int = 0  # Optimizer steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends the run.
+    keep: int = 2  # The newest checkpoints that stay.
+    resume: bool = False  # Go on from the newest checkpoint in --output_dir; begin where there is none.
     trust_remote_code: bool = False  # Run Python code that comes with a model.
     local_rank: int = -1  # Given by the launcher, which also sets the LOCAL_RANK that is used.
 
@@ -159,6 +162,8 @@ def main(args: Args) -> None:
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
     output_dir = common.open_output(args, process, OUTPUTS)
     metrics = common.Metrics(output_dir, process, args, total_steps, ("loss", "perplexity"), derived=perplexity)
+    rows = (train_rows, eval_rows)
+    checkpoints = common.Checkpoints(output_dir, metrics, args, process, total_steps, rows, engine=engine)
     process.print(f"{total_steps} steps on {len(train_rows)} rows, {len(eval_rows)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> None:
@@ -166,12 +171,12 @@ def main(args: Args) -> None:
             values = evaluate(engine, eval_rows, args, collator, process)
         metrics.write(step, "eval", values)
 
-    step = 0
-    evaluate_now(0)
+    if not checkpoints.step:
+        evaluate_now(0)
     lengths, counted = np.array(train_rows["row_length"][:]), under_loss(train_rows)
     for epoch in range(args.epochs):
-        for batch in common.global_batches(lengths, args.global_batch_size, args.seed, epoch)[: total_steps - step]:
-            step += 1
+        batches = common.global_batches(lengths, args.global_batch_size, args.seed, epoch)
+        for step, batch in checkpoints.rest_of(epoch, batches):
             losses = []
             # Each token of the global batch counts alike, in whatever micro batch it is: the engine's mean over ranks
             # and micro batches becomes the mean over tokens.
@@ -190,10 +195,11 @@ def main(args: Args) -> None:
             metrics.add(step, values, rows=len(batch), tokens=lengths[batch].sum())
             if args.eval_every and step % args.eval_every == 0 and step < total_steps:
                 evaluate_now(step)
+            checkpoints.step_done(step)
 
-    if step:
+    if total_steps:
         common.save_model(engine, model, tokenizer, output_dir / "model", process)
-        evaluate_now(step)
+        evaluate_now(total_steps)
     metrics.close()
     common.answer_prompts(engine, model, tokenizer, eval_rows, args, process)  # last: the run is finished
     process.print(f"finished: look at {output_dir}/generations.json")
