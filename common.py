@@ -352,25 +352,44 @@ def cached(kind: str, content, compute, process: Process) -> torch.Tensor:
     return result
 
 
+def cached_folder(kind: str, content, write, read) -> Path:
+    """A folder in the cache which write(folder) fills, unless read(folder) can read what another run has put there."""
+    path = cached_path(kind, content, "")
+    if path.exists():
+        with optional(path, "cannot be read and is made again", Exception):
+            read(path)
+            return path
+        shutil.rmtree(path, ignore_errors=True)
+    for place in (path, Path(tempfile.gettempdir()) / f"pcrm-{path.name}"):
+        with optional(place, "cannot be written", Exception), writing(place, replace=False) as part:
+            part.mkdir()
+            write(part)
+            return place
+    raise InputError(f"no place for the {kind} of this run: set PCRM_CACHE to a folder that can be written")
+
+
 @contextlib.contextmanager
 def optional(path: Path, what: str, faults=OSError):
     """Inside, a cache is read or written: what fails is said, and the run goes on."""
     try:
         yield
+    except InputError:
+        raise
     except faults as error:
         tqdm.write(f"warning: {path} {what}: {said(error)}")
 
 
 @contextlib.contextmanager
-def writing(path: Path):
+def writing(path: Path, replace: bool = True):
     """Another name to write to, which becomes `path` at the end: a file or folder is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
-        if path.is_dir():
+        if path.is_dir() and replace:
             shutil.rmtree(path)
-        os.replace(part, path)
+        if replace or not path.exists():
+            os.replace(part, path)
     finally:
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
@@ -796,8 +815,8 @@ def load_rows(flag: str, name: str, split: str, encode, process: Process) -> dat
     later start encodes nothing.
     """
 
-    def read_kept(path: Path) -> tuple[datasets.Dataset, dict]:
-        return datasets.Dataset.from_file(str(path)), json.loads(path.with_suffix(".json").read_text())
+    def read(folder: Path) -> tuple[datasets.Dataset, dict]:
+        return datasets.Dataset.from_file(f"{folder}/rows.arrow"), json.loads((folder / "dropped.json").read_text())
 
     def build() -> Path:
         rows, (path, wanted, files) = read_rows(flag, name, split), find_files(name)
@@ -805,24 +824,17 @@ def load_rows(flag: str, name: str, split: str, encode, process: Process) -> dat
         content = [digest(files) if files else rows._fingerprint, wanted or split]  # not a name, nor a time
         content += [{key: value for key, value in encode.keywords.items() if key != "tokenizer"}]
         content += [model_version(encode.keywords["tokenizer"].name_or_path, weights=False)]
-        path = cached_path("rows", content + [digest([__file__, encode.func.__code__.co_filename])], ".arrow")
-        if path.exists():
-            with optional(path, "cannot be read and is made again", Exception):  # cut short
-                return read_kept(path) and path
-        for place in (path, Path(tempfile.gettempdir()) / path.name):
-            with optional(place, "cannot be written"), writing(place) as part:
-                write_file(place.with_suffix(".json"), json.dumps(write_rows(rows, part, f"{flag} {name}", encode)))
-                return place
-        raise InputError(f"no room for the rows of {flag}: set PCRM_CACHE to a folder that can be written")
+        content += [digest([__file__, encode.func.__code__.co_filename])]
+        return cached_folder("rows", content, lambda part: write_rows(rows, part, f"{flag} {name}", encode), read)
 
-    kept, counts = read_kept(on_rank_0(process, build, each_machine=True))
+    kept, counts = read(on_rank_0(process, build, each_machine=True))
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     process.print(f"{flag}: {len(kept)} rows" + (f"; dropped {sum(counts.values())}: {reasons}" if counts else ""))
     return kept
 
 
-def write_rows(rows, path: Path, where: str, encode) -> dict[str, int]:
-    """Write the encoded rows as Arrow; returns how many were left out, by reason."""
+def write_rows(rows, folder: Path, where: str, encode) -> None:
+    """Write the encoded rows as Arrow, and how many were left out, by reason."""
     counts, writer = Counter(), None
     kinds = {int: datasets.Value("int32"), str: datasets.Value("string"), list: datasets.List(datasets.Value("int32"))}
     for number, row in enumerate(rows, 1):
@@ -835,12 +847,12 @@ def write_rows(rows, path: Path, where: str, encode) -> dict[str, int]:
             raise InputError(f"{where}, row {number}: {error}") from error
         if writer is None:
             features = datasets.Features({key: kinds[type(value)] for key, value in columns.items()})
-            writer = ArrowWriter(path=str(path), features=features)
+            writer = ArrowWriter(path=f"{folder}/rows.arrow", features=features)
         writer.write(columns)
     if writer is None:
         raise InputError(f"{where}: no usable row is left ({', '.join(f'{n} {why}' for why, n in counts.items())})")
     writer.finalize()
-    return dict(counts)
+    (folder / "dropped.json").write_text(json.dumps(counts))
 
 
 def load_ranked(args, encode, process: Process) -> tuple[datasets.Dataset | None, list[list[float]]]:
@@ -1097,18 +1109,16 @@ def toy_model() -> str:
     Made at first use; an ordinary Hugging Face folder from then on.
     """
     source = DATA / "toy"
-    folder = cached_path("toy", digest(sorted(source.iterdir())), "")
-    if folder.exists():
-        with optional(folder, "cannot be read and is made again", Exception):  # cut short
-            transformers.LlamaForCausalLM.from_pretrained(folder)
-            return str(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(source))
-    with writing(folder) as part:
-        shutil.copytree(source, part)
-        model.save_pretrained(part)
-    return str(folder)
+
+    def write(folder: Path) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(source))
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        model.save_pretrained(folder)
+
+    content = digest(sorted(source.iterdir()))
+    return str(cached_folder("toy", content, write, transformers.LlamaForCausalLM.from_pretrained))
 
 
 def load_tokenizer(path: str, trust_remote_code: bool):

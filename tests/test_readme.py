@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import re
 import shlex
 
@@ -17,7 +18,17 @@ from helpers import ROOT, lines, rows_file
 SCRIPTS = {script.__name__: script for script in (sft, reward, dpo, ppo)}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HEADERS = "".join(script.__doc__ for script in SCRIPTS.values())
-COMMANDS = re.findall(r"(?:deepspeed|python)(?: --num_gpus \d+)? (\w+\.py)([^\n`]*)", README + HEADERS)
+WRITTEN = re.findall(r"(?:deepspeed|python)(?: --num_gpus \d+)? (\w+\.py)([^\n`]*)", README + HEADERS)
+
+
+def expanded(rest: str) -> list[str]:
+    """As a shell expands {a,b}."""
+    parts = [part.split(",") for part in re.split(r"\{([^}]*)\}", rest)]
+    parts[::2] = [[",".join(part)] for part in parts[::2]]
+    return list(map("".join, itertools.product(*parts)))
+
+
+COMMANDS = [(name, one) for name, rest in WRITTEN for one in expanded(rest)]
 
 
 # ---------------------------------------------------------------- commands
@@ -70,11 +81,12 @@ def test_files_are_there_and_named():
 
 
 def test_flags_are_there():
-    """Of one of the scripts, of a program in tests/, or of the launcher, pip and alpaca_eval."""
+    """Of one of the scripts, of a program in tests/, or of the launcher, Slurm, pip and alpaca_eval."""
     known = {field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)}
     for path in (ROOT / "tests").glob("*.py"):
         known |= set(re.findall(r'add_argument\("--(\w+)"', path.read_text(encoding="utf-8")))
     known |= {"check", "help", "num_gpus", "num_nodes", "hostfile", "master_port", "index-url", "model_outputs"}
+    known |= {"signal", "requeue", "open-mode", "ntasks-per-node", "gpus-per-node"}  # sbatch's
     assert set(re.findall(r"--([a-z][\w-]*)", README)) <= known
 
 
