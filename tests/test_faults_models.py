@@ -506,6 +506,16 @@ def test_attention_that_looks_ahead_is_refused(refuses, tokenizer, data, tmp_pat
     refuses(SCRIPTS[name], [*argv[role], *data], "both", "causal|later|ahead")
 
 
+def test_llama_4_lacks_a_classifier(step, refuses, tokenizer, data, tmp_path):
+    """It trains as a language model; Transformers has no score head for it, which is what the refusal says."""
+    sizes = dict(intermediate_size_mlp=32, num_local_experts=2, head_dim=8, num_key_value_heads=2, num_attention_heads=2)
+    config = transformers.Llama4TextConfig(**SMALL | sizes)
+    model = save_model(tmp_path / "llama4", config, tokenizer)
+    step(sft, "--model", model, *data, "--output_dir", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+    refuses(reward, ["--model", model, *data], "Llama4TextConfig", "AutoModelForSequenceClassification")
+
+
 def sampled(out) -> tuple[dict, dict, list]:
     """What hangs on the responses: a step's figures and its evaluation's, and the answers."""
     keys = "score_mean score_std score_max kl entropy response_tokens ended_by_eos".split()
