@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import datetime
@@ -21,6 +22,7 @@ import errno
 import functools
 import glob
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -48,6 +50,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from datasets.arrow_writer import ArrowWriter
+from safetensors import SafetensorError
 from scipy.stats import kendalltau, spearmanr
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
@@ -134,6 +137,8 @@ def check_flags(args, outputs: tuple[str, ...]) -> None:
             if not least <= value <= most:
                 limit = f"at most {most}" if value > most and name in at_most else f"at least {least}"
                 raise InputError(f"--{name} is {value}, but must be {limit}")
+    if getattr(args, "shuffle_bounds", False) and args.constraint in ("none", "random", "fixed"):
+        raise InputError(f"--shuffle_bounds is for the bounds of a prior, but --constraint {args.constraint} has none")
     if args.output_dir:
         check_output(args, Path(args.output_dir), outputs)
 
@@ -361,7 +366,7 @@ def cached_folder(kind: str, content, write, read) -> Path:
             return path
         shutil.rmtree(path, ignore_errors=True)
     for place in (path, Path(tempfile.gettempdir()) / f"pcrm-{path.name}"):
-        with optional(place, "cannot be written", Exception), writing(place, replace=False) as part:
+        with optional(place, "cannot be written", (OSError, SafetensorError)), writing(place, replace=False) as part:
             part.mkdir()
             write(part)
             return place
@@ -601,7 +606,7 @@ class Checkpoints:
 
 
 def read_rows(flag: str, name: str, split: str):
-    """Rows of a JSON, JSONL or Parquet file, here or at hf://, of a folder, or of a data set on the Hub.
+    """Rows of a JSON, JSONL, CSV or Parquet file, here or at hf://, of a folder, or of a data set on the Hub.
 
     `name` may end with `:SPLIT`. On the Hub and in a folder that names a split (without it `split` is taken, or the
     only one); in a file it keeps the rows whose column `split` says so. A file without it is used whole. A pattern such
@@ -616,7 +621,11 @@ def read_rows(flag: str, name: str, split: str):
                 if Path(path).is_dir():  # files may change and keep name and time, and [ or * in a path is no pattern
                     shutil.copytree(Path(path).resolve(), f"{temporary}/data", copy_function=os.symlink)
                     here = dict(path=f"{temporary}/data", cache_dir=temporary)
-                splits = datasets.load_dataset(**{"path": path, **here})
+                if any((Path(path) / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
+                    splits = datasets.load_from_disk(path)
+                    splits = splits if isinstance(splits, dict) else {split: splits}
+                else:
+                    splits = datasets.load_dataset(**{"path": path, **here})
                 chosen = wanted or (list(splits)[0] if len(splits) == 1 else split)
                 if chosen not in splits:
                     raise InputError(f"{where}: no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
@@ -645,9 +654,9 @@ def find_files(name: str) -> tuple[str, str, list[Path] | None]:
     path, _, wanted = name.rpartition(":")
     path, wanted = (name, "") if not path or "/" in wanted or Path(name).exists() else (path, wanted)
     address = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?/(.+)", path)
-    if Path(path).suffix not in (".json", ".jsonl", ".parquet"):
+    if not re.search(r"\.((json|jsonl|ndjson|csv)(\.(gz|bz2|zst))?|parquet)$", path):
         if address or Path(path).is_file():
-            raise InputError("a data file ends with .json, .jsonl or .parquet")
+            raise InputError("a data file ends with .json, .jsonl, .ndjson, .csv (also .gz, .bz2, .zst) or .parquet")
         return path, wanted, None
     if address:
         repo, revision, pattern = address.groups()
@@ -657,10 +666,14 @@ def find_files(name: str) -> tuple[str, str, list[Path] | None]:
 
 
 def read_file(path: Path) -> list[dict]:
-    """Rows of Parquet, of a JSON list, or of a JSON object on each line; texts stay the texts that they are."""
+    """Rows of Parquet, CSV, a JSON list, or of a JSON object on each line; texts stay the texts that they are."""
     if path.suffix == ".parquet":
         return pyarrow.parquet.read_table(path).to_pylist()
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    with pyarrow.input_stream(str(path), compression="detect") as file:
+        data = file.read().removeprefix(b"\xef\xbb\xbf")
+    if ".csv" in path.suffixes:
+        csv.field_size_limit(1 << 30)
+        return list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""), restkey="more", strict=True))
     whole, rows = data.lstrip().startswith(b"["), []
     for number, line in enumerate([data] if whole else data.split(b"\n"), 1):
         surrogate = line.lower().find(b"\\ud")
@@ -684,17 +697,57 @@ def read_file(path: Path) -> list[dict]:
     return rows
 
 
-def text(row: dict, name: str) -> str | None:
+def text(row: dict, name: str) -> str | list[dict] | None:
+    """A text, or the turns of a conversation."""
     value = row.get(name)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r:.80}, but must be text")
-    return value
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        turns = [{key: turn.get(key) for key in ("role", "content")} for turn in value]
+        if all(isinstance(string, str) for turn in turns for string in turn.values()):
+            return turns
+    raise ValueError(f"{name} is {value!r:.80}, but must be text, or a list of turns with role and content")
 
 
-def prompt_of(row: dict) -> str | None:
+class Rendered(str):
+    """A prompt as a chat template writes it, with all that begins a text."""
+
+
+def from_turns(tokenizer, prompt: str | list[dict] | None, *answers: list[dict]) -> tuple[str, ...]:
+    """The texts of a conversation, by the tokenizer's chat template: its prompt, and each answer.
+
+    Turns that all answers begin with belong to the prompt (a single answer is its last turn). What a template puts
+    behind EOS, a line break, is left out.
+    """
+    alike = [all(turn == turns[0] for turn in turns) for turns in zip(*answers)] + [False]
+    shared = min([alike.index(False), *[len(answer) - 1 for answer in answers]])
+    begun, answers = [turn for answer in answers[:1] for turn in answer[:shared]], [a[shared:] for a in answers]
+    if isinstance(prompt, list):
+        prompt = begun if begun[: len(prompt)] == prompt else prompt + begun
+    elif begun or prompt:  # the turns may repeat a prompt that is text
+        prompt = begun or [{"role": "user", "content": prompt}]
+    else:
+        raise Unusable("missing text")
+    if not all(turn["content"].strip() for answer in answers for turn in answer):
+        raise Unusable("empty response")
+    if not tokenizer.chat_template:
+        raise ValueError("it is a conversation, but the tokenizer has no chat template")
+    try:
+        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        whole = [tokenizer.apply_chat_template(prompt + answer, tokenize=False) for answer in answers]
+    except Exception as error:  # the template's own
+        raise ValueError(f"the chat template refuses it: {said(error)}") from error
+    if not all(one.startswith(start) for one in whole):
+        raise ValueError("the chat template does not go on with an answer where it asks for one")
+    eos = re.escape(tokenizer.eos_token)
+    return Rendered(start), *[re.sub(rf"({eos})\s*\Z", r"\1", one.removeprefix(start)) for one in whole]
+
+
+def prompt_of(row: dict, tokenizer=None) -> str | None:
     """The prompt of a row: as it stands, or an instruction or a post in the paper's wording."""
     if "prompt" in row:
-        return text(row, "prompt")
+        prompt = text(row, "prompt")
+        return from_turns(tokenizer, prompt)[0] if isinstance(prompt, list) else prompt
     if "instruction" in row:
         instruction, extra = text(row, "instruction"), text(row, "input") or ""
         if instruction is None:
@@ -708,19 +761,25 @@ def prompt_of(row: dict) -> str | None:
     return f"\n\nHuman: {task}\n\nPost: {row['post']}\n\nSummary: \n\nAssistant: "
 
 
-def preference_of(row: dict) -> tuple[str, str, str]:
+def preference_of(row: dict, tokenizer=None) -> tuple[str, str, str]:
     """Prompt, chosen and rejected response of a row in any known format."""
     alpaca_farm, comparison = "instruction[/input]/output_1/output_2/preference", "info/summaries/choice"
-    check_columns(row, "prompt/chosen/rejected", alpaca_farm, comparison)
+    check_columns(row, "[prompt/]chosen/rejected", alpaca_farm, comparison)
     if "chosen" in row:
-        prompt, chosen, rejected = prompt_of(row), text(row, "chosen"), text(row, "rejected")
+        prompt, chosen, rejected = (text(row, name) for name in ("prompt", "chosen", "rejected"))
+        if isinstance(chosen, list) and isinstance(rejected, list):
+            prompt, chosen, rejected = from_turns(tokenizer, prompt, chosen, rejected)
+        elif "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
+            alike = os.path.commonprefix([chosen, rejected])  # the prompt: to the last turn or word within
+            prompt = re.search(r"(?s)(.*\n\nAssistant:|.*\s|)", alike)[0]
+            chosen, rejected = chosen.removeprefix(prompt), rejected.removeprefix(prompt)
     elif "preference" in row:
         prompt, first, second = prompt_of(row), text(row, "output_1"), text(row, "output_2")
-        if row["preference"] not in (0, 1, 2):
+        if row["preference"] not in (0, 1, 2, *"012"):  # text in CSV
             raise ValueError(f"preference is {row['preference']!r:.80}, but must be 1, 2 or 0 (a tie)")
-        if row["preference"] == 0:
+        if int(row["preference"]) == 0:
             raise Unusable("tie")
-        chosen, rejected = (first, second) if row["preference"] == 1 else (second, first)
+        chosen, rejected = (first, second) if int(row["preference"]) == 1 else (second, first)
     else:
         info, choice, summaries = row["info"], row["choice"], row["summaries"] or ()
         if choice not in (0, 1) or len(summaries) != 2 or not all(isinstance(x, dict) for x in (info, *summaries)):
@@ -730,11 +789,16 @@ def preference_of(row: dict) -> tuple[str, str, str]:
     return check_texts(prompt, chosen, rejected)
 
 
-def demonstration_of(row: dict) -> tuple[str, str]:
+def demonstration_of(row: dict, tokenizer=None) -> tuple[str, str]:
     """Prompt and completion of a row in any known format."""
-    check_columns(row, "prompt/completion", "instruction[/input]/output", "post/summary")
-    name = next(name for name in ("completion", "output", "summary") if name in row)
-    return check_texts(prompt_of(row), text(row, name))
+    check_columns(row, "prompt/completion", "messages", "instruction[/input]/output", "post/summary")
+    name = next(name for name in ("completion", "messages", "output", "summary") if name in row)
+    answer = text(row, name)
+    if isinstance(answer, list):
+        if answer[-1]["role"] != "assistant":
+            raise Unusable("no answer at the end")
+        return check_texts(*from_turns(tokenizer, text(row, "prompt") if name == "completion" else None, answer))
+    return check_texts(prompt_of(row), answer)
 
 
 def check_columns(row: dict, *formats: str) -> None:
@@ -748,6 +812,8 @@ def check_texts(prompt: str | None, *responses: str | None) -> tuple[str, ...]:
     """The texts; Unusable unless all are there, and no response is empty."""
     if prompt is None or None in responses:
         raise Unusable("missing text")
+    if any(isinstance(part, list) for part in (prompt, *responses)):
+        raise ValueError("some of its columns are text and some are turns")
     if not all(response.strip() for response in responses):
         raise Unusable("empty response")
     return prompt, *responses
@@ -755,7 +821,7 @@ def check_texts(prompt: str | None, *responses: str | None) -> tuple[str, ...]:
 
 def tokenize(tokenizer, prompt: str, *responses: str) -> list[list[int]]:
     """Tokens of the prompt with what begins a text (BOS), and of each response with EOS, each as generation sees it."""
-    before, eos = beginning(tokenizer), [tokenizer.eos_token_id]
+    before, eos = [] if isinstance(prompt, Rendered) else beginning(tokenizer), [tokenizer.eos_token_id]
     first, *others = tokenizer([prompt, *responses], add_special_tokens=False).input_ids
     first = first if first[: len(before)] == before else before + first  # neither BOS nor EOS twice
     return [first] + [ids if ids[-1:] == eos else ids + eos for ids in others]
@@ -768,9 +834,12 @@ def beginning(tokenizer) -> list[int]:
     return next((ids[:i] for i in range(len(ids)) if ids[i : i + len(plain)] == plain), [])
 
 
-def encode_pair(row: dict, tokenizer, max_length: int, needs_prompt: bool = False) -> dict:
-    """The columns of a pair: texts, tokens, and how many of them the two sequences begin with alike (prefix)."""
-    prompt, chosen, rejected = preference_of(row)
+def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, needs_prompt: bool = False) -> dict:
+    """The columns of a pair: texts, tokens, and how many of them the two sequences begin with alike (prefix).
+
+    given: also the row's own similarity.
+    """
+    prompt, chosen, rejected = preference_of(row, tokenizer)
     prompt_ids, chosen_ids, rejected_ids = tokenize(tokenizer, prompt, chosen, rejected)
     if chosen == rejected or chosen_ids == rejected_ids:
         raise Unusable("identical responses")
@@ -781,10 +850,16 @@ def encode_pair(row: dict, tokenizer, max_length: int, needs_prompt: bool = Fals
         raise Unusable(f"longer than --max_length {max_length}")  # Upstream: truncated
     prefix = len(os.path.commonprefix([chosen_ids, rejected_ids]))
     prefix = min(prefix, len(chosen_ids) - 1, len(rejected_ids) - 1)  # each has a token of its own
-    return dict(
+    columns = dict(
         prompt=prompt, chosen=chosen, rejected=rejected, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
         prompt_ids=prompt_ids, prefix=prefix, row_length=len(chosen_ids) + len(rejected_ids) - prefix,
     )
+    if given:
+        with contextlib.suppress(TypeError, ValueError):
+            columns["similarity"] = float(row.get("similarity"))
+        if not 0 < columns.get("similarity", 0) <= 1:
+            raise ValueError(f"similarity is {row.get('similarity')!r:.80}, but --constraint given needs it in (0, 1]")
+    return columns
 
 
 def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -836,7 +911,8 @@ def load_rows(flag: str, name: str, split: str, encode, process: Process) -> dat
 def write_rows(rows, folder: Path, where: str, encode) -> None:
     """Write the encoded rows as Arrow, and how many were left out, by reason."""
     counts, writer = Counter(), None
-    kinds = {int: datasets.Value("int32"), str: datasets.Value("string"), list: datasets.List(datasets.Value("int32"))}
+    integers, real, string = (datasets.Value(kind) for kind in ("int32", "float32", "string"))
+    kinds = {int: integers, float: real, str: string, list: datasets.List(integers)}
     for number, row in enumerate(rows, 1):
         try:
             columns = encode(row)
@@ -846,8 +922,8 @@ def write_rows(rows, folder: Path, where: str, encode) -> None:
         except ValueError as error:
             raise InputError(f"{where}, row {number}: {error}") from error
         if writer is None:
-            features = datasets.Features({key: kinds[type(value)] for key, value in columns.items()})
-            writer = ArrowWriter(path=f"{folder}/rows.arrow", features=features)
+            features = {key: next(kinds[k] for k in kinds if isinstance(value, k)) for key, value in columns.items()}
+            writer = ArrowWriter(path=f"{folder}/rows.arrow", features=datasets.Features(features))
         writer.write(columns)
     if writer is None:
         raise InputError(f"{where}: no usable row is left ({', '.join(f'{n} {why}' for why, n in counts.items())})")
@@ -874,7 +950,8 @@ def load_ranked(args, encode, process: Process) -> tuple[datasets.Dataset | None
                 if len(responses) != len(scores) or not all(fits):
                     raise TypeError
                 partners = zip(responses, responses[1:] + responses[:1]) if len(responses) > 2 else ()
-                each = [encode({"prompt": prompt, "chosen": a, "rejected": b}) for a, b in partners]
+                same = {"prompt": prompt, "similarity": 1}  # which scores do not depend on
+                each = [encode(same | {"chosen": a, "rejected": b}) for a, b in partners]
             except Unusable:
                 each = []
             except (ValueError, TypeError) as error:
@@ -1592,11 +1669,11 @@ def plot_margins(lines: list[dict], args, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, width_ratios=(2, 1), layout="constrained")
     left.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0, label="margin")
     if args.constraint != "none":
-        style = "." if args.constraint == "random" else "-"
+        style = "." if args.constraint == "random" or args.shuffle_bounds else "-"
         left.plot(similarity, [line["bound"] for line in lines], style, markersize=3, color="C3", label="bound δ*")
     left.axhline(0, color="0.6", linewidth=0.8)
     left.legend()
-    kind = "cosine, angular" if args.constraint == "cos_sim" else "length ratio"
+    kind = {"cos_sim": "cosine, angular", "given": "given"}.get(args.constraint, "length ratio")
     left.set(xlabel=f"similarity s ({kind})", ylabel="margin", title=f"{args.constraint}: held-out pairs")
     left.set_ylim(margin.min() - 0.5, max(margin.max(), 6) * 1.6)
     right.hist(margin, bins=40, orientation="horizontal")

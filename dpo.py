@@ -44,8 +44,8 @@ class Args:
     """
 
     task: Literal["toy", "alpaca"] = "toy"  # Sets data and hyperparameters: the embedded task, or the paper's dialogue.
-    constraint: Literal["none", "len_rat", "cos_sim", "random", "fixed"] = "none"
-    """What bounds a margin: nothing, the length ratio, the cosine similarity, or a control without a prior."""
+    constraint: Literal["none", "len_rat", "cos_sim", "given", "random", "fixed"] = "none"
+    """What bounds a margin: nothing; length ratio, cosine similarity or the data's own; a control without a prior."""
     model: str = ""  # Folder or Hub id of a causal LM to start from (the SFT model); toy: made when needed, untrained.
     ref_model: str = ""  # Folder or Hub id of the reference π_ref, with the same vocabulary; empty: the starting model.
     live_reference: bool = False  # Run the reference in every step, beside the policy, instead of once before training.
@@ -68,6 +68,7 @@ class Args:
     fixed_bound: float = 4.5  # The bound of every pair with --constraint fixed; alpaca needs it given.
     random_low: float = 4.0  # Lower end of the bounds drawn with --constraint random; alpaca needs it given.
     random_high: float = 5.0  # Upper end of the bounds drawn with --constraint random; alpaca needs it given.
+    shuffle_bounds: bool = False  # Deal the bounds of a prior to other pairs: the control that has lost only the prior.
     encoder: str = ""  # Folder or Hub id of the text encoder of cos_sim; empty: the reference's hidden states.
     encoder_pooling: Literal["cls", "mean"] = "mean"
     """A text's embedding: the encoder's last hidden state at the first token, or the mean over all tokens."""
@@ -136,6 +137,8 @@ def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype
 
 def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     """How alike the responses of each pair are, (n,) in (0, 1]: once, before training, cached on disk by content."""
+    if args.constraint == "given":
+        return torch.tensor(pairs["similarity"][:])
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
         lengths = zip(pairs["chosen_ids"], pairs["rejected_ids"], pairs["prefix"])
         return length_ratio(*torch.tensor([(len(c) - prefix, len(r) - prefix) for c, r, prefix in lengths]).T)
@@ -165,8 +168,10 @@ def pair_bounds(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.T
             return random_bound(len(similarity), args.random_low, args.random_high, seed)
         if args.constraint == "fixed":
             return fixed_bound(len(similarity), args.fixed_bound)
-        if args.constraint in ("len_rat", "cos_sim"):
-            return margin_bound(similarity, args.beta1, args.beta2, args.beta3)
+        if args.constraint in ("len_rat", "cos_sim", "given"):
+            bound = margin_bound(similarity, args.beta1, args.beta2, args.beta3)
+            order = np.random.default_rng(args.seed).permutation(len(bound))
+            return bound[order] if args.shuffle_bounds else bound
     except ValueError as error:
         raise common.InputError(f"--constraint {args.constraint}: {error}") from error
     return torch.full_like(similarity, math.nan)
@@ -257,7 +262,8 @@ def main(args: Args) -> None:
     common.check_tokenizer("--ref_model", args.ref_model, tokenizer, "--model", args.trust_remote_code)
 
     encode = functools.partial(
-        common.encode_pair, tokenizer=tokenizer, max_length=args.max_length, needs_prompt=True
+        common.encode_pair, tokenizer=tokenizer, max_length=args.max_length, given=args.constraint == "given",
+        needs_prompt=True,
     )
     train_pairs, eval_pairs = common.load_data(args, encode, process)
     ranked = common.load_ranked(args, encode, process)

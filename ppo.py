@@ -197,7 +197,7 @@ class Rollout:
 def encode_prompt(row: dict, tokenizer, max_prompt_length: int) -> dict:
     """The columns of a prompt: its text and its tokens."""
     common.check_columns(row, "prompt", "instruction[/input]", "post")
-    (prompt,) = common.check_texts(common.prompt_of(row))
+    (prompt,) = common.check_texts(common.prompt_of(row, tokenizer))
     (prompt_ids,) = common.tokenize(tokenizer, prompt)
     if not prompt_ids:
         raise common.Unusable("prompt without a token")

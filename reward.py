@@ -12,9 +12,10 @@ Input: preference pairs (JSON, JSONL, Parquet, a folder, a Hub id) with the colu
 instruction/input/output_1/output_2/preference (AlpacaFarm), or info/summaries/choice (summarize_from_feedback).
 Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, eval.jsonl (a line per held-out pair), margins.png and
 model/, which `AutoModelForSequenceClassification.from_pretrained` loads.
-Left out of the authors' method: their token-wise loss. Here r(x, y) is the score at the last token, EOS.
+r(x, y) is the score at the last token, EOS. The authors' own loss, L at each token, is --loss_on token.
 
-Symbols in the shapes: B pairs of a micro batch, R rows, T tokens of a row, n pairs of a data set.
+Symbols in the shapes: B pairs of a micro batch, R rows, T tokens of a row, K positions that the loss is on, n pairs of
+a data set.
 """
 
 import common  # first: it sets what torch reads when it is loaded
@@ -45,8 +46,8 @@ class Args:
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"
     """Sets data, lengths and every hyperparameter: the embedded task, or the paper's dialogue or summarization."""
-    constraint: Literal["none", "len_rat", "cos_sim", "random", "fixed"] = "none"
-    """What bounds a margin: nothing, the length ratio, the cosine similarity, or a control without a prior."""
+    constraint: Literal["none", "len_rat", "cos_sim", "given", "random", "fixed"] = "none"
+    """What bounds a margin: nothing; length ratio, cosine similarity or the data's own; a control without a prior."""
     model: str = ""
     """Folder or Hub id of a causal LM (the SFT model) or reward model to start from; toy: made when needed."""
     dataset: str = str(common.DATA / "preference_train.jsonl")
@@ -64,10 +65,13 @@ class Args:
     fixed_bound: float = 4.5  # The bound of every pair with --constraint fixed.
     random_low: float = 4.0  # Lower end of the bounds drawn with --constraint random.
     random_high: float = 5.0  # Upper end of the bounds drawn with --constraint random.
+    shuffle_bounds: bool = False  # Deal the bounds of a prior to other pairs: the control that has lost only the prior.
     encoder: str = ""  # Folder or Hub id of the text encoder of cos_sim; empty: the starting model's hidden states.
     encoder_pooling: Literal["cls", "mean"] = "mean"
     """A text's embedding: the encoder's last hidden state at the first token, or the mean over all tokens."""
 
+    loss_on: Literal["last", "token"] = "last"
+    """Where L is: at the last token; or, as in the authors' code, its mean over all from the first that differs on."""
     max_length: int = 256  # Tokens of prompt + response + EOS; pairs with a longer side are dropped and counted.
     learning_rate: float = 1e-3  # Peak learning rate; cosine to 0.
     weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
@@ -130,11 +134,44 @@ def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype
     return inputs | {"logits_to_keep": (labels == common.NO_LABEL) & (branch >= 0)}  # R T, 2 B of them True
 
 
+def collate_tokens(batch: dict[str, list], pad_token_id: int, device) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """For --loss_on token: inputs for 2 B padded rows, of which no token sees padding; where the loss is (B, T), from
+    the first token that differs to the end of the longer response; and the last token of each row (2 B,)."""
+    rows = [torch.tensor(ids) for both in zip(batch["chosen_ids"], batch["rejected_ids"]) for ids in both]
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, True, pad_token_id).to(device)  # 2B T
+    at = torch.arange(input_ids.shape[1], device=device)
+    first = torch.tensor(batch["prefix"], device=device)
+    where = (at >= first[:, None]) & (at < lengths.view(-1, 2).amax(1)[:, None])  # B T
+    inputs = {"input_ids": input_ids, "attention_mask": (at < lengths[:, None]).long()}
+    return inputs | {"logits_to_keep": where.repeat_interleave(2, 0)}, where, lengths - 1
+
+
+def token_margins(scores: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the scores of B pairs, chosen and rejected in turn (2 B, T): r_w[t] - r_l[t], and the share that position t
+    has in its pair's mean, both (B, T). The shorter response goes on with the scores at its padding."""
+    return scores[0::2] - scores[1::2], where / where.sum(1, keepdim=True)
+
+
+def training_scores(engine, batch: dict[str, list], args: Args, collator) -> tuple[torch.Tensor, ...]:
+    """r(x, chosen) and r(x, rejected), (B,); m at each position that the loss is on, and its share, (B, K)."""
+    if args.loss_on == "last":
+        chosen, rejected = engine(**collator(batch)).logits.view(-1, 2).T  # B, B
+        return chosen, rejected, (chosen - rejected)[:, None], torch.ones_like(chosen)[:, None]
+    inputs, where, last = collate_tokens(batch, collator.keywords["pad_token_id"], collator.keywords["device"])
+    kept = engine(**inputs).logits  # N
+    scores = kept.new_zeros(inputs["input_ids"].shape).masked_scatter(inputs["logits_to_keep"], kept)  # 2B T
+    chosen, rejected = scores.gather(1, last[:, None]).view(-1, 2).T  # B, B
+    return chosen, rejected, *token_margins(scores, where)
+
+
 # ---------------------------------------------------------------- prior
 
 
 def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     """How alike the responses of each pair are, (n,) in (0, 1]: once, before training, cached on disk by content."""
+    if args.constraint == "given":
+        return torch.tensor(pairs["similarity"][:])
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
         lengths = zip(pairs["chosen_ids"], pairs["rejected_ids"], pairs["prefix"])
         return length_ratio(*torch.tensor([(len(c) - prefix, len(r) - prefix) for c, r, prefix in lengths]).T)
@@ -164,8 +201,10 @@ def pair_bounds(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.T
             return random_bound(len(similarity), args.random_low, args.random_high, seed)
         if args.constraint == "fixed":
             return fixed_bound(len(similarity), args.fixed_bound)
-        if args.constraint in ("len_rat", "cos_sim"):
-            return margin_bound(similarity, args.beta1, args.beta2, args.beta3)
+        if args.constraint in ("len_rat", "cos_sim", "given"):
+            bound = margin_bound(similarity, args.beta1, args.beta2, args.beta3)
+            order = np.random.default_rng(args.seed).permutation(len(bound))
+            return bound[order] if args.shuffle_bounds else bound
     except ValueError as error:
         raise common.InputError(f"--constraint {args.constraint}: {error}") from error
     return torch.full_like(similarity, math.nan)
@@ -217,7 +256,8 @@ def main(args: Args) -> None:
     if args.constraint == "cos_sim":
         args.encoder = args.encoder or encoder_of_training(args)
 
-    encode = functools.partial(common.encode_pair, tokenizer=tokenizer, max_length=args.max_length)
+    given = args.constraint == "given"
+    encode = functools.partial(common.encode_pair, tokenizer=tokenizer, max_length=args.max_length, given=given)
     train_pairs, eval_pairs = common.load_data(args, encode, process)
     ranked = common.load_ranked(args, encode, process)
     train_similarity = similarities(train_pairs, args, process) if len(train_pairs) else torch.empty(0)
@@ -254,13 +294,13 @@ def main(args: Args) -> None:
         for step, batch in checkpoints.rest_of(epoch, batches):
             losses, records = [], []
             for i, rows in enumerate(batch.reshape(accumulation, process.world_size, -1)[:, process.rank]):
-                chosen, rejected = engine(**collator(train_pairs[rows])).logits.view(-1, 2).T  # B, B
-                margin = chosen - rejected  # B    m
+                chosen, rejected, margin, share = training_scores(engine, train_pairs[rows], args, collator)
                 bound = bounds[rows]  # B    δ*
-                rank_loss = ranking_loss(margin)  # B    -log σ(m)
+                rank_loss = ranking_loss(margin)  # B K    -log σ(m)
                 constraint_loss = 0 * margin
                 if args.constraint != "none":
-                    constraint_loss = ranking_loss(bound - margin)  # B    -log σ(δ* - m)
+                    constraint_loss = ranking_loss(bound[:, None] - margin)  # B K    -log σ(δ* - m)
+                rank_loss, constraint_loss = ((share * each).sum(1) for each in (rank_loss, constraint_loss))  # B, B
                 loss = (rank_loss + constraint_loss).mean()
                 engine.backward(loss)
                 losses.append(loss.detach())

@@ -98,7 +98,7 @@ def preset(task: str, constraint: str) -> dict:
 
 def encode_row(row: dict, tokenizer, max_length: int, train_on_prompt: bool) -> dict:
     """The columns of a demonstration: its prompt, the tokens, and the first of them that is under the loss (start)."""
-    prompt, completion = common.demonstration_of(row)
+    prompt, completion = common.demonstration_of(row, tokenizer)
     prompt_ids, completion_ids = common.tokenize(tokenizer, prompt, completion)
     if not prompt_ids:
         raise common.Unusable("prompt without a token")  # nothing would predict the response's first one

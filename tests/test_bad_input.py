@@ -79,7 +79,7 @@ def folder(toy, toy_reward, tokenizer, tmp_path_factory):
 BAD = [
     ("sft reward dpo ppo", "--dataset F/no.jsonl", r"--dataset .*no.jsonl: there is no such file"),
     ("sft reward dpo ppo", "--dataset nobody/nothing", r"nobody/nothing: .*download it and pass --dataset"),
-    ("reward", f"--dataset {ROOT}/README.md", r"ends with .json, .jsonl or .parquet"),
+    ("reward", f"--dataset {ROOT}/README.md", r"ends with .json, .jsonl, .ndjson, .csv"),
     ("sft reward dpo ppo", "--dataset F/text.jsonl", r"row 1: the columns are text, but must be "),
     ("sft reward", "--dataset F/columns.jsonl", r"row 1: the columns are prompt, chosen, but"),
     ("sft reward dpo ppo", "--eval_dataset F/broken.jsonl", r"--eval_dataset .*broken.jsonl: line 2 is not JSON"),
