@@ -722,7 +722,7 @@ def from_turns(tokenizer, prompt: str | list[dict] | None, *answers: list[dict])
     alike = [all(turn == turns[0] for turn in turns) for turns in zip(*answers)] + [False]
     shared = min([alike.index(False), *[len(answer) - 1 for answer in answers]])
     begun, answers = [turn for answer in answers[:1] for turn in answer[:shared]], [a[shared:] for a in answers]
-    if isinstance(prompt, list):
+    if isinstance(prompt, list) and prompt:
         prompt = begun if begun[: len(prompt)] == prompt else prompt + begun
     elif begun or prompt:  # the turns may repeat a prompt that is text
         prompt = begun or [{"role": "user", "content": prompt}]
@@ -745,9 +745,11 @@ def from_turns(tokenizer, prompt: str | list[dict] | None, *answers: list[dict])
 
 def prompt_of(row: dict, tokenizer=None) -> str | None:
     """The prompt of a row: as it stands, or an instruction or a post in the paper's wording."""
-    if "prompt" in row:
-        prompt = text(row, "prompt")
-        return from_turns(tokenizer, prompt)[0] if isinstance(prompt, list) else prompt
+    if "messages" in row or "prompt" in row:
+        prompt = text(row, "messages" if "messages" in row else "prompt")
+        if isinstance(prompt, list):
+            return from_turns(tokenizer, prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt)[0]
+        return prompt
     if "instruction" in row:
         instruction, extra = text(row, "instruction"), text(row, "input") or ""
         if instruction is None:

@@ -11,7 +11,7 @@
 Four models: policy and frozen reference from --policy_model, critic and frozen reward model from --reward_model, which
 brings its constraint (reward.py --constraint). A step is one rollout: --global_batch_size prompts over all ranks are
 answered once; each of its --minibatches is one optimizer step of both engines.
-Input: prompts (JSON, JSONL, Parquet, a folder, a Hub id) with the column prompt, or instruction/input, or post.
+Input: prompts (JSON, JSONL, Parquet, a folder, a Hub id) with the column prompt, messages, instruction/input, or post.
 Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, ppo.png (score, KL and length over steps),
 generations.json (answers to held-out prompts, as AlpacaEval reads them) and model/, which
 `AutoModelForCausalLM.from_pretrained` loads.
@@ -196,7 +196,7 @@ class Rollout:
 
 def encode_prompt(row: dict, tokenizer, max_prompt_length: int) -> dict:
     """The columns of a prompt: its text and its tokens."""
-    common.check_columns(row, "prompt", "instruction[/input]", "post")
+    common.check_columns(row, "prompt", "messages", "instruction[/input]", "post")
     (prompt,) = common.check_texts(common.prompt_of(row, tokenizer))
     (prompt_ids,) = common.tokenize(tokenizer, prompt)
     if not prompt_ids:

@@ -106,8 +106,9 @@ def test_demonstrations_and_prompts(tokenizer):
         found = sft.encode_row(row, tokenizer, 1000, False)
         assert (found["ids"], found["prompt_ids"], found["start"]) == (expected, start, len(start))
     for turns in ([ASK], [SYSTEM, ASK]):
-        found = ppo.encode_prompt(dict(prompt=turns), tokenizer, 1000)
-        assert found["prompt_ids"] == template_ids(tokenizer, turns, ask=True)
+        for row in (dict(prompt=turns), dict(messages=turns), dict(messages=[*turns, YES], prompt="a text beside them")):
+            found = ppo.encode_prompt(row, tokenizer, 1000)["prompt_ids"]
+            assert found == template_ids(tokenizer, turns, ask=True)
 
 
 def test_plain_text_begins_as_before(tokenizer):

@@ -1,5 +1,6 @@
 """The scripts with their default data and encoders and with models by id, read from a Hub by the real clients."""
 
+import gzip
 import json
 import math
 import shutil
@@ -29,6 +30,18 @@ TASKS = {
     "dpo alpaca": f"{LM} --constraint cos_sim --generate 0",
     "ppo alpaca": f"{RM} --generate 3 --max_new_tokens 8",
     "ppo tldr": f"{RM} --generate 3 --max_new_tokens 8",
+}
+# Data sets that many have, by id; the last two words of a name are the script and what is read.
+CHAT = "--model someone/tiny-chat"
+ULTRA, HH, TRL = "HuggingFaceH4/ultrafeedback_binarized", "Anthropic/hh-rlhf", "trl-lib/tldr"
+LISTED = {
+    "reward hh": f"{LM} --dataset {HH}:train --eval_dataset {HH}:test",
+    "reward ultrafeedback": f"{CHAT} --dataset {ULTRA}:train_prefs --eval_dataset {ULTRA}:test_prefs",
+    "dpo ultrafeedback": f"{CHAT} --dataset {ULTRA}:train_prefs --eval_dataset {ULTRA}:test_prefs --generate 2",
+    "sft ultrafeedback": f"{CHAT} --dataset {ULTRA}:train_prefs --eval_dataset {ULTRA}:test_prefs --generate 2",
+    "ppo ultrafeedback": f"--policy_model someone/tiny-chat --reward_model someone/tiny-rm --dataset {ULTRA}:train_prefs --eval_dataset {ULTRA}:test_prefs --max_new_tokens 8",
+    "reward trl": f"{LM} --dataset {TRL}-preference:train --eval_dataset {TRL}-preference:validation",
+    "sft trl": f"{LM} --dataset {TRL}:train --eval_dataset {TRL}:test --generate 2",
 }
 ABSENT = [
     "sft --model nobody/nothing",
@@ -122,12 +135,51 @@ def write_data(root: Path) -> None:
     (tldr / "README.md").write_text(card + "  config_name: default\n---\n")
 
 
+def write_listed(root: Path) -> None:
+    """A few rows of each listed data set, as the Hub stores them: compressed JSON lines, and Parquet by split."""
+
+    def turns(*texts: str) -> list[dict]:
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)]
+
+    def asked(i: int) -> str:
+        return f"\n\nHuman: {say(i)}?\n\nAssistant: {say(i + 1)}\n\nHuman: {say(i + 2)}?\n\nAssistant:"
+
+    for split, (first, count) in {"train": (0, 8), "test": (120, 4)}.items():
+        numbers = range(first, first + count)
+        folder = root / HH / "main/harmless-base"
+        folder.mkdir(parents=True, exist_ok=True)
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
+            for i in numbers:
+                both = {name: f"{asked(i)} {say(i + shift)}." for name, shift in (("chosen", 3), ("rejected", 90))}
+                file.write(json.dumps(both) + "\n")
+        rows = [
+            {"prompt": say(i), "prompt_id": str(i), "score_chosen": 8.0, "score_rejected": 4.0}
+            | {"chosen": turns(say(i), say(i + 3)), "rejected": turns(say(i), say(i + 90))}
+            | {"messages": turns(say(i), say(i + 3))}
+            for i in numbers
+        ]
+        write_parquet(root / ULTRA / "main/data", rows, f"{split}_prefs-00000-of-00001")
+        texts = [{"prompt": f"POST: {say(i)}\n\nTL;DR:", "completion": f" {say(i + 3)}"} for i in numbers]
+        pairs = [{"prompt": t["prompt"], "chosen": t["completion"], "rejected": " no"} for t in texts]
+        write_parquet(root / TRL / "main/data", texts, f"{split}-00000-of-00001")
+        other = {"train": "train", "test": "validation"}[split]
+        write_parquet(root / f"{TRL}-preference/main/data", pairs, f"{other}-00000-of-00001")
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    card += "".join(f"  - split: {split}\n    path: data/{split}-*\n" for split in ("train_prefs", "test_prefs"))
+    (root / ULTRA / "main/README.md").write_text(card + "---\n")
+
+
 def write_models(root: Path, toy: str) -> None:
     """The embedded language model, a reward model made of it, and a small random BERT that knows letters."""
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy)
     reward_model = transformers.AutoModelForSequenceClassification.from_pretrained(toy, num_labels=1)
-    shutil.copytree(toy, root / "someone/tiny-lm/main")
+    for name in ("tiny-lm", "tiny-chat"):
+        shutil.copytree(toy, root / f"someone/{name}/main")
+    turn = "{{ '[' + m['role'] + ']' + m['content'] + eos_token + '\n' }}"
+    ask = "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+    template = "{% for m in messages %}" + turn + "{% endfor %}" + ask
+    (root / "someone/tiny-chat/main/chat_template.jinja").write_text(template)
     letters = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     bert = transformers.BertForMaskedLM(transformers.BertConfig(
@@ -135,6 +187,7 @@ def write_models(root: Path, toy: str) -> None:
         initializer_range=0.3,
     ))  # fmt: skip
     wordpiece = transformers.BertTokenizer({token: i for i, token in enumerate(vocabulary)}, model_max_length=512)
+    tokenizer.chat_template = template
     for name, parts in {"someone/tiny-rm": (tokenizer, reward_model), BERT: (wordpiece, bert)}.items():
         for part in parts:
             part.save_pretrained(root / name / "main")
@@ -179,6 +232,7 @@ class Runs:
 def runs(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     write_data(folder / "hub/datasets")
+    write_listed(folder / "hub/datasets")
     write_models(folder / "hub/models", toy)
     with hub.serving(folder / "hub") as url:
         yield Runs(folder, url)
@@ -187,6 +241,7 @@ def runs(toy, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ends(runs) -> dict[str, str]:
     tasks = {name: f"{name.replace(' ', ' --task ')} {flags}" for name, flags in TASKS.items()}
+    tasks |= {name: f"{name.split()[0]} {flags}" for name, flags in LISTED.items()}
     own = {"dpo": f"dpo {LM} --constraint cos_sim --generate 0 --ranked_dataset= {runs.pairs}"}
     return runs.together(tasks | own | dict(zip(ABSENT, ABSENT)))
 
@@ -206,6 +261,19 @@ def test_a_step_of_each_task(runs, ends, name):
             held_out = [row["instruction"] + row["input"] for row in instructions(120, 5)]
         asked = [row["instruction"] for row in json.loads((out / "generations.json").read_text())]
         assert len(asked) == 3 and sum(any(text in prompt for prompt in asked) for text in held_out) == 3
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_step_on_each_listed_data_set(runs, ends, name):
+    assert ends[name] == "finished"
+    script, _, kind = name.partition(" ")
+    metrics = lines(runs.folder / name / "metrics.jsonl")
+    assert [(m["step"], m["split"]) for m in metrics] == [(0, "eval"), (1, "train"), (1, "eval")]
+    if script in ("reward", "dpo"):
+        assert len(lines(runs.folder / name / "eval.jsonl")) == 4
+    if kind == "ultrafeedback" and script != "reward":  # the question stands in the template's words
+        asked = [row["instruction"] for row in json.loads((runs.folder / name / "generations.json").read_text())]
+        assert asked[0] == f"[user]{say(120)}</s>\n[assistant]"
 
 
 # β1 and β3 are the paper's. Held out: 10 % of AlpacaFarm's 20 pairs, for a tie is none, and the 5 posts of valid2.
