@@ -1569,6 +1569,24 @@ def save_model(engine, model, tokenizer, folder: Path, process: Process) -> None
     on_rank_0(process, write)
 
 
+def write_card(folder: Path, args, auto_class: str, process: Process) -> None:
+    """model/README.md: how to load the model, how it did on held-out rows, and what it was trained with."""
+    if process.rank:
+        return
+    logged = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    last = [line for line in logged if line["split"] == "eval"][-1:]
+    script = Path(sys.modules[type(args).__module__].__file__).name
+    load = f"`transformers.{auto_class}.from_pretrained(folder)` loads it, with the tokenizer beside it."
+    write_file(folder / "model" / "README.md", "\n".join([
+        "---\nlibrary_name: transformers\ntags: [pcrm]\n---",
+        f"Trained by `{script}` (Prior Constraints-based Reward Model training, arXiv 2404.00978). {load}",
+        "\n| on held-out rows | |\n| --- | --- |",
+        *[f"| {name} | {value:.4g} |" for line in last for name, value in line.items() if name != "split" and value],
+        "\n| trained with | |\n| --- | --- |",
+        *[f"| {name} | {value} |" for name, value in vars(args).items() if value != ""], "",
+    ]))  # fmt: skip
+
+
 # ---------------------------------------------------------------- answers and pictures
 
 

@@ -527,6 +527,7 @@ def main(args: Args) -> None:
     if step:
         common.save_model(policy, model, tokenizer, output_dir / "model", process)
         lines = evaluate_now(step, state["first_lines"])
+        common.write_card(output_dir, args, "AutoModelForCausalLM", process)
     metrics.close()
     if process.rank == 0:
         plot_steps(output_dir / "metrics.jsonl", output_dir / "ppo.png")

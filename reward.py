@@ -319,6 +319,7 @@ def main(args: Args) -> None:
     if total_steps:
         common.save_model(engine, scorer.classifier, tokenizer, output_dir / "model", process)
         lines = evaluate_now(total_steps)
+        common.write_card(output_dir, args, "AutoModelForSequenceClassification", process)
     metrics.close()
     if process.rank == 0:
         common.plot_margins(lines, args, output_dir / "margins.png")

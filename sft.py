@@ -200,6 +200,7 @@ def main(args: Args) -> None:
     if total_steps:
         common.save_model(engine, model, tokenizer, output_dir / "model", process)
         evaluate_now(total_steps)
+        common.write_card(output_dir, args, "AutoModelForCausalLM", process)
     metrics.close()
     common.answer_prompts(engine, model, tokenizer, eval_rows, args, process)  # last: the run is finished
     process.print(f"finished: look at {output_dir}/generations.json")
