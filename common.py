@@ -1489,10 +1489,13 @@ def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, p
     if total_steps == 0:
         module = module.requires_grad_(False).to(process.device)
         return deepspeed.initialize(model=module, config=config)[0] if zero_stage(args) == 3 else module
-    groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
+    groups, numbers = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}], 0
     for parameter in module.parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the parameter itself
         groups[len(shape) < 2]["params"].append(parameter)
+        numbers += math.prod(shape)
+    # Gradients are reduced in buckets, whose default is this limit: a gigabyte for the smallest model.
+    config["zero_optimization"]["reduce_bucket_size"] = min(numbers, 500_000_000)
     groups = [group for group in groups if group["params"]]  # OLMo has no norm weights
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
