@@ -1,6 +1,8 @@
 """The embedded task with every constraint and several seeds: the README's table and its figure.
 
-    python tests/experiment.py --seeds 5            25 runs of under a minute; finished ones are kept and reused
+    python tests/experiment.py --seeds 5            45 runs of under a minute; finished ones are kept and reused
+
+An arm is a constraint, +shuffle with its bounds dealt to other pairs, +token with the loss at each token.
 
 Held-out figures of each run, as mean ± standard deviation over the seeds: accuracy on the noisy labels; accuracy on the
 true order, by the gold score that the labels were drawn from; Spearman correlation with the gold score among the
@@ -21,7 +23,8 @@ import reward
 import toy_data
 from helpers import lines
 
-CONSTRAINTS = ["none", "len_rat", "cos_sim", "random", "fixed"]
+ARMS = "none len_rat cos_sim random fixed len_rat+shuffle cos_sim+shuffle none+token cos_sim+token".split()
+FLAGS = {"shuffle": "--shuffle_bounds", "token": "--loss_on token"}
 
 
 def figures(folder: Path, gold: np.ndarray, near: np.ndarray) -> dict[str, float]:
@@ -66,7 +69,7 @@ def plot(folder: Path, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--constraints", default=",".join(CONSTRAINTS))
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--folder", type=Path, default=Path("runs/experiment"))
     parser.add_argument("--figure", type=Path, default=None, help="write the README's figure here")
     args = parser.parse_args()
@@ -76,24 +79,24 @@ def main() -> None:
     gold = np.subtract(*scores)
     near = np.arange(len(rows)) % 2 == 0  # as toy_data.build() makes them
     for seed in range(1, args.seeds + 1):
-        for constraint in args.constraints.split(","):
-            out = args.folder / f"{constraint}-{seed}"
+        for arm in args.arms.split(","):
+            out, (constraint, *more) = args.folder / f"{arm}-{seed}", arm.split("+")
             if not (out / "eval.jsonl").exists():
-                argv = ["--output_dir", str(out), *f"--constraint {constraint} --seed {seed}".split()]
-                reward.main(common.parse_args(reward.Args, reward.preset, argv))
+                flags = " ".join([f"--constraint {constraint} --seed {seed}", *(FLAGS[name] for name in more)])
+                reward.main(common.parse_args(reward.Args, reward.preset, ["--output_dir", str(out), *flags.split()]))
 
     table = {
-        constraint: [figures(args.folder / f"{constraint}-{seed}", gold, near) for seed in range(1, args.seeds + 1)]
-        for constraint in args.constraints.split(",")
+        arm: [figures(args.folder / f"{arm}-{seed}", gold, near) for seed in range(1, args.seeds + 1)]
+        for arm in args.arms.split(",")
     }
     names = list(next(iter(table.values()))[0])
-    print("| constraint | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
-    for constraint, runs in table.items():
+    print("| arm | " + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
+    for arm, runs in table.items():
         cells = []
         for name in names:
             values = np.array([run[name] for run in runs])
             cells.append(f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}")
-        print(f"| `{constraint}` | " + " | ".join(cells) + " |")
+        print(f"| `{arm}` | " + " | ".join(cells) + " |")
     print(
         f"true margin of the pairs: mean {gold.mean():.2f}, largest {gold.max():.1f}; "
         f"the noisy labels agree with the true order in {(gold > 0)[gold != 0].mean():.3f} of the pairs"
