@@ -612,8 +612,8 @@ def read_rows(flag: str, name: str, split: str):
     only one); in a file it keeps the rows whose column `split` says so. A file without it is used whole. A pattern such
     as part-*.jsonl stands for all files that match, where no file has that very name.
     """
-    where, path = f"{flag} {name}", name
-    try:
+    where = f"{flag} {name}"
+    with reading(flag, name):
         path, wanted, files = find_files(name)
         if files is None:
             with tempfile.TemporaryDirectory() as temporary:
@@ -631,19 +631,27 @@ def read_rows(flag: str, name: str, split: str):
                     raise InputError(f"{where}: no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
                 return splits[chosen].to_list() if here else splits[chosen]
         rows = [row for file in files for row in read_file(file)]
-    except InputError as error:
-        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
-    except Exception as error:  # the libraries raise many kinds: an unreachable Hub, a loading script, a broken file
-        reason = said(error)
-        if not Path(path).exists():
-            reason += f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
-        raise InputError(f"{where}: {reason}") from error
     found = {str(row.get("split")) for row in rows} if wanted else ()
     rows = [row for row in rows if not wanted or row.get("split") == wanted]
     if not rows:
         reason = f"no row has split {wanted!r}; there are {sorted(found)}" if found else "no rows"
         raise InputError(f"{where}: {reason if files else 'there is no such file'}")
     return rows
+
+
+@contextlib.contextmanager
+def reading(flag: str, name: str):
+    """Inside, rows are read: an InputError for whatever the libraries raise, which are many kinds."""
+    where = f"{flag} {name}"
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+    except Exception as error:  # an unreachable Hub, a loading script, a broken file
+        reason = said(error)
+        if not any(Path(path).exists() for path in (name, name.rpartition(":")[0] or name)):
+            reason += f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
+        raise InputError(f"{where}: {reason}") from error
 
 
 def find_files(name: str) -> tuple[str, str, list[Path] | None]:
@@ -855,6 +863,7 @@ def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, need
     columns = dict(
         prompt=prompt, chosen=chosen, rejected=rejected, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
         prompt_ids=prompt_ids, prefix=prefix, row_length=len(chosen_ids) + len(rejected_ids) - prefix,
+        chosen_length=len(chosen_ids), rejected_length=len(rejected_ids),
     )
     if given:
         with contextlib.suppress(TypeError, ValueError):
@@ -896,13 +905,15 @@ def load_rows(flag: str, name: str, split: str, encode, process: Process) -> dat
         return datasets.Dataset.from_file(f"{folder}/rows.arrow"), json.loads((folder / "dropped.json").read_text())
 
     def build() -> Path:
-        rows, (path, wanted, files) = read_rows(flag, name, split), find_files(name)
+        read_all = functools.cache(functools.partial(read_rows, flag, name, split))
+        with reading(flag, name):
+            path, wanted, files = find_files(name)
         files = files or sorted(file for file in Path(path).rglob("*") if file.is_file())
-        content = [digest(files) if files else rows._fingerprint, wanted or split]  # not a name, nor a time
+        content = [digest(files) if files else read_all()._fingerprint, wanted or split]  # not a name, nor a time
         content += [{key: value for key, value in encode.keywords.items() if key != "tokenizer"}]
         content += [model_version(encode.keywords["tokenizer"].name_or_path, weights=False)]
         content += [digest([__file__, encode.func.__code__.co_filename])]
-        return cached_folder("rows", content, lambda part: write_rows(rows, part, f"{flag} {name}", encode), read)
+        return cached_folder("rows", content, lambda part: write_rows(read_all(), part, f"{flag} {name}", encode), read)
 
     kept, counts = read(on_rank_0(process, build, each_machine=True))
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
@@ -995,7 +1006,7 @@ def margin_metrics(margin, bound, rank_loss, constraint_loss) -> dict[str, float
 
 def pair_correlations(margin: torch.Tensor, similarity: torch.Tensor, pairs) -> dict[str, float]:
     """How well length alone would rank the pairs, and whether the margin grows where the responses differ."""
-    longer = np.sign([len(c) - len(r) for c, r in zip(pairs["chosen_ids"], pairs["rejected_ids"])])
+    longer = np.sign(np.subtract(pairs["chosen_length"][:], pairs["rejected_length"][:]))
     spearman = spearmanr(margin, similarity).statistic
     return {"length_accuracy": float((longer + 1).mean() / 2), "spearman_similarity": float(spearman)}  # ties: a half
 

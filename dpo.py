@@ -140,9 +140,11 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     if args.constraint == "given":
         return torch.tensor(pairs["similarity"][:])
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
-        lengths = zip(pairs["chosen_ids"], pairs["rejected_ids"], pairs["prefix"])
-        return length_ratio(*torch.tensor([(len(c) - prefix, len(r) - prefix) for c, r, prefix in lengths]).T)
-    texts = [[x + y, x + z] for x, y, z in zip(pairs["prompt"], pairs["chosen"], pairs["rejected"])]
+        columns = ("chosen_length", "rejected_length", "prefix")
+        chosen, rejected, prefix = (torch.tensor(pairs[name][:]) for name in columns)  # each n
+        return length_ratio(chosen - prefix, rejected - prefix)
+    columns = (pairs[name][:] for name in ("prompt", "chosen", "rejected"))
+    texts = [[prompt + response for response in both] for prompt, *both in zip(*columns)]
 
     def content() -> list:
         return [common.model_version(args.encoder, "encoder"), args.encoder_pooling, texts]
@@ -192,8 +194,9 @@ def reference_logps(reference, pairs, args: Args, collator, process: common.Proc
 
     def content() -> list:
         tokens = hashlib.sha256()
-        for columns in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]):
-            tokens.update(str(columns).encode())
+        for start in range(0, len(pairs), 1000):
+            batch = pairs[start : start + 1000]
+            tokens.update(str([batch[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]).encode())
         return [common.model_version(args.ref_model), args.dtype, process.device.type, tokens.hexdigest()]
 
     def compute() -> torch.Tensor:
