@@ -1045,7 +1045,12 @@ class Metrics:
         self.history, self.bar.initial, self.bar.n = history, step, step
         if self.enabled:
             self.file.truncate(min(size, self.file.tell()))
-            self.board = type(self.board)(self.board.log_dir, purge_step=step + 1)
+            self.file.seek(0, os.SEEK_END)  # else tell() still counts what was cut off
+            # An evaluation may have come at this very step, after state(): the board loses the step, and gets it anew.
+            self.board = type(self.board)(self.board.log_dir, purge_step=step)
+            for line in Path(self.file.name).read_text(encoding="utf-8").splitlines():
+                if (values := json.loads(line))["step"] == step:
+                    self.draw(**values)
 
     def add(self, step: int, values: dict, last: bool = False, **amounts: int) -> bool:
         """Keep a step's values; every --log_every steps write their means, and amounts per second. Whether it wrote."""
@@ -1072,14 +1077,17 @@ class Metrics:
             return
         values = values | self.derived(values)
         self.file.write(json_line({"step": step, "split": split, **values}))
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                self.board.add_scalar(f"{split}/{name}", value, step)
+        self.draw(step, split, **values)
         shown = {name: f"{values[name]:.4g}" for name in self.shown if values.get(name) is not None}
         if split == "train" and not self.bar.disable:
             self.bar.set_postfix(shown)
         else:  # no terminal: no bar, but lines
             tqdm.write(f"step {step} {split}: " + ", ".join(map(" ".join, shown.items())))
+
+    def draw(self, step: int, split: str, **values) -> None:
+        for name, value in values.items():
+            if value is not None and math.isfinite(value):
+                self.board.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         self.bar.close()
