@@ -502,7 +502,8 @@ class Checkpoints:
             engine.checkpoint_engine.save, engine._copy_recovery_script = self.write, lambda path: None
         newest = on_rank_0(process, lambda: args.resume and next(iter(whole(folder)[::-1]), None))
         if newest:
-            saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
+            with loading("checkpoint", str(newest)):
+                saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
             for name, now in on_rank_0(process, lambda: self.identity).items():
                 if (then := saved["identity"].get(name)) != now:
                     raise InputError(f"--resume: {name} is {now}, but was {then} when {newest} was written")
