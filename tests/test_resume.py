@@ -7,6 +7,7 @@ import shutil
 import signal
 
 import pytest
+import safetensors.torch
 
 import common
 import dpo
@@ -124,3 +125,126 @@ def test_cut_after_the_last_evaluation(train, whole, tmp_path, monkeypatch):
         train(SFT, tmp_path / "run")
     train(SFT, tmp_path / "run", "--resume")
     assert kill.differences(tmp_path / "run", whole(SFT)) == []
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.fixture(scope="module")
+def left(request, tmp_path_factory, run, work):
+    """A run that was cut after step 5, with the checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("left") / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+        real = common.Metrics.add
+
+        def add(self, step: int, *rest, **more):
+            if step == 6:
+                raise Cut
+            return real(self, step, *rest, **more)
+
+        patch.setattr(common.Metrics, "add", add)
+        run(sft, *SFT.flags(work), "--output_dir", str(folder))
+    return folder
+
+
+@pytest.fixture
+def folder(left, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(left, tmp_path / "run")
+
+
+@pytest.fixture
+def refuses(train):
+    """refuses("a", "b", …, config=, folder=, flags=) is refused in one line that has all of these in it."""
+
+    def call(*facts: str, folder, flags: str = "--resume", config=SFT) -> None:
+        common.model_version.cache_clear()  # a process of its own has read no file
+        with pytest.raises(common.InputError) as caught:
+            train(config, folder, flags)
+        message = str(caught.value)
+        assert "\n" not in message and len(message) < 1000
+        for fact in facts:
+            assert fact in message, (fact, message)
+
+    return call
+
+
+def test_another_flag(refuses, folder):
+    refuses("--seed is 7, but 42", folder=folder, flags="--resume --seed 7")
+    refuses("--micro_batch_size is 4, but 2", folder=folder, flags="--resume --micro_batch_size 4")
+    assert steps(folder) == [2, 4]
+
+
+def test_other_rows_or_weights_under_the_same_name(refuses, cut, toy, tmp_path, work):
+    model, data = shutil.copytree(toy, tmp_path / "model"), tmp_path / "rows.jsonl"
+    rows = (work / "sft_train.jsonl").read_text()
+    data.write_text(rows)
+    flags = f"--model {model} --dataset {data}"
+    cut(SFT, tmp_path / "run", 3, flags)
+    data.write_text(rows.replace("Aisle", "aisle"))
+    refuses("the digest of the rows is ", "but was ", folder=tmp_path / "run", flags=f"{flags} --resume")
+    data.write_text(rows)
+    weights = safetensors.torch.load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    safetensors.torch.save_file(weights, model / "model.safetensors", {"format": "pt"})
+    refuses("--model is ", "but was ", folder=tmp_path / "run", flags=f"{flags} --resume")
+    common.model_version.cache_clear()
+
+
+def test_checkpoints_are_not_replaced_unasked(refuses, train, whole, folder):
+    refuses("holds checkpoints", "--resume", "--overwrite", folder=folder, flags="")
+    assert steps(folder) == [2, 4]
+    train(SFT, folder, "--overwrite --save_every 0")
+    assert steps(folder) == [] and kill.differences(folder, whole(SFT)) == []
+
+
+@pytest.mark.parametrize("harm", ["cut short", "gone"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_checkpoint_that_cannot_be_read(refuses, cut, tmp_path, stage, harm):
+    """Any of its files, and what is older stays."""
+    config = kill.Config("sft", 1, stage)
+    cut(config, tmp_path / "run", 5)
+    newest = tmp_path / "run" / "checkpoints" / "step-4"
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    assert len(files) == (3 if stage else 2)
+    for path in files:
+        kept = path.read_bytes()
+        path.unlink()
+        if harm == "cut short":
+            path.write_bytes(kept[: len(kept) // 2])
+        refuses("step-4", config=config, folder=tmp_path / "run")
+        path.write_bytes(kept)
+    assert steps(tmp_path / "run") == [2, 4]
+
+
+# ---------------------------------------------------------------- where it begins
+
+
+def test_without_a_checkpoint_it_begins_at_the_start(train, whole, cut, capsys, tmp_path):
+    """With no folder, with a run that left none, and with one whose save was not done."""
+    cut(SFT, tmp_path / "run", 2, "--resume")
+    (tmp_path / "run" / "checkpoints" / "step-2.123.part" / "engine").mkdir(parents=True)
+    train(SFT, tmp_path / "run", "--resume")
+    assert "resumed" not in capsys.readouterr().out
+    assert kill.differences(tmp_path / "run", whole(SFT)) == []
+
+
+@pytest.mark.parametrize("suffix", [".123.part", ".part"])
+def test_what_is_half_saved_or_half_removed_is_not_trusted(train, whole, capsys, folder, suffix):
+    newest = folder / "checkpoints" / "step-4"
+    newest.rename(f"{newest}{suffix}")
+    train(SFT, folder, "--resume")
+    assert f"resumed from {folder}/checkpoints/step-2\n" in capsys.readouterr().out
+    assert kill.differences(folder, whole(SFT)) == []
+
+
+def test_the_newest_stay(train, tmp_path):
+    for keep, left in ((0, [8]), (1, [8]), (3, [4, 6, 8])):
+        train(SFT, tmp_path / str(keep), f"--keep {keep}")
+        assert steps(tmp_path / str(keep)) == left
+
+
+def test_a_finished_run_says_so(train, whole, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train(SFT, whole(SFT), "--resume")
+    assert not ended.value.code and f"{whole(SFT)} holds this run, finished" in capsys.readouterr().out
