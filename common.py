@@ -576,7 +576,7 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            self.failures.append(f"{path}: {said(error)}")
+            self.failures.append(f"{path}: {said(error.__context__ or error)}")  # torch's own hides why
 
 
 # ---------------------------------------------------------------- rows
