@@ -1,5 +1,6 @@
 """No run is lost: what is killed, stopped or refused room goes on with --resume to the same bits, or says why not."""
 
+import contextlib
 import json
 import os
 import resource
@@ -248,3 +249,38 @@ def test_a_finished_run_says_so(train, whole, capsys):
     with pytest.raises(SystemExit) as ended:
         train(SFT, whole(SFT), "--resume")
     assert not ended.value.code and f"{whole(SFT)} holds this run, finished" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- no room
+
+
+@contextlib.contextmanager
+def room_for(size: int):
+    """Inside, a write beyond `size` bytes of a file fails, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [100, 100_000])  # not even for state.json, or only for that
+def test_without_room_the_run_goes_on(train, whole, tmp_path, monkeypatch, capsys, room):
+    """A save that fails leaves the checkpoint before as it is, and nothing else; the next one is made again."""
+    real, seen = common.Checkpoints.save, []
+
+    def save(self, step: int, state: dict) -> None:
+        with room_for(room) if step in (4, 6) else contextlib.nullcontext():
+            try:
+                real(self, step, state)
+            finally:
+                seen.append([path.name for path in sorted((self.folder / "checkpoints").iterdir())])
+
+    monkeypatch.setattr(common.Checkpoints, "save", save)
+    train(SFT, tmp_path / "run")
+    assert seen == [["step-2"], ["step-2"], ["step-2"], ["step-2", "step-8"]]
+    said = capsys.readouterr().out.splitlines()
+    warnings = [line for line in said if line.startswith("warning: no checkpoint at step")]
+    assert len(warnings) == 2 and all("File too large" in line for line in warnings), said
+    assert kill.differences(tmp_path / "run", whole(SFT)) == []
