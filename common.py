@@ -556,6 +556,7 @@ class Checkpoints:
 
     def save(self, step: int, state: dict) -> None:
         path = self.folder / "checkpoints" / f"step-{step}"
+        on_rank_0(self.process, lambda: path.parent.mkdir(exist_ok=True))  # not in writing(), on rank 0 alone
         with writing(path) if self.process.rank == 0 else contextlib.nullcontext() as part:
             part = on_rank_0(self.process, lambda: [(part / tag).mkdir(parents=True) for tag in self.engines] and part)
             for tag, engine in self.engines.items():
@@ -566,7 +567,8 @@ class Checkpoints:
             state = json.dumps(state | {"identity": self.process.rank == 0 and self.identity})
             on_rank_0(self.process, lambda: write_file(part / "state.json", state))
         for old in whole(self.folder)[: -max(self.args.keep, 1)] if self.process.rank == 0 else ():
-            shutil.rmtree(old.rename(f"{old}.part"))  # killed in here, it does not look whole
+            with optional(old, "cannot be removed"):
+                shutil.rmtree(old.rename(f"{old}.part"))  # killed in here, it does not look whole
 
     def write(self, state_dict, path: str) -> None:
         """In place of DeepSpeed's own, which on one rank's full disk would leave the others waiting."""
