@@ -1,6 +1,7 @@
 """No run is lost: what is killed, stopped or refused room goes on with --resume to the same bits, or says why not."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -284,3 +285,26 @@ def test_without_room_the_run_goes_on(train, whole, tmp_path, monkeypatch, capsy
     warnings = [line for line in said if line.startswith("warning: no checkpoint at step")]
     assert len(warnings) == 2 and all("File too large" in line for line in warnings), said
     assert kill.differences(tmp_path / "run", whole(SFT)) == []
+
+
+def test_what_cannot_be_made_or_removed_ends_no_run(train, whole, tmp_path, monkeypatch, capsys):
+    """A file in the place of the folder of the checkpoints, then an old one that stays where it is."""
+    real, rmtree, folder = common.Checkpoints.save, shutil.rmtree, tmp_path / "run"
+
+    def save(self, step: int, state: dict) -> None:
+        (folder / "checkpoints").write_text("") if step == 2 else (folder / "checkpoints").unlink() if step == 4 else 0
+        real(self, step, state)
+
+    def busy(path, *rest):
+        if path == folder / "checkpoints" / "step-4.part":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        rmtree(path, *rest)
+
+    monkeypatch.setattr(common.Checkpoints, "save", save)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    train(SFT, folder, "--keep 1")
+    said = capsys.readouterr().out
+    assert "warning: no checkpoint at step 2: " in said and "step-4 cannot be removed: " in said
+    assert steps(folder) == [8]
+    rmtree(folder / "checkpoints" / "step-4.part")
+    assert kill.differences(folder, whole(SFT)) == []
