@@ -578,7 +578,8 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            self.failures.append(f"{path}: {said(error.__context__ or error)}")  # torch's own hides why
+            reason = error if isinstance(error, OSError) else error.__context__ or error  # torch's own hides it
+            self.failures.append(f"{path}: {said(reason)}")
 
 
 # ---------------------------------------------------------------- rows
