@@ -158,18 +158,20 @@ def run(main, args_class, preset) -> None:
     The status, on all ranks, is 1 after an error, 128 + its number after a signal.
     """
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # the disk's fault, not the program's
-    status = message = 0
+    status, message, together = 0, "", True
     try:
         find_ranks()
         main(parse_args(args_class, preset))
+        if dist.is_initialized():
+            dist.barrier()  # under watch: rank 0 may still write for a while
     except Stopped as stopped:
         status, message = stopped.status, stopped if os.environ["RANK"] == "0" else ""
     except KeyboardInterrupt:
-        status = 130
+        status, together = 130, False  # the other ranks may wait elsewhere
     except Exception as error:
         ENDING.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's
-        status, rank = 1, int(os.environ.get("RANK", 0))
+        status, together, rank = 1, False, int(os.environ.get("RANK", 0))
         if isinstance(error, InputError) or isinstance(error, OSError) and error.errno in full:
             time.sleep(10 * (rank > 0))  # rank 0 says what all ranks found, and the launcher ends this one
             message = f"error: {error if isinstance(error, InputError) else said(error)}"
@@ -183,7 +185,7 @@ def run(main, args_class, preset) -> None:
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # clears a progress bar before it
     ENDING.set()
     several = dist.is_initialized() and dist.get_world_size() > 1
-    if several and status != 1:
+    if several and together:
         dist.barrier()  # none of the others watches this rank any longer
     if dist.is_initialized():
         dist.destroy_process_group()
