@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -127,6 +129,23 @@ def test_cut_after_the_last_evaluation(train, whole, tmp_path, monkeypatch):
         train(SFT, tmp_path / "run")
     train(SFT, tmp_path / "run", "--resume")
     assert kill.differences(tmp_path / "run", whole(SFT)) == []
+
+
+def test_ppo_counts_on(train, cut, tmp_path, monkeypatch, capsys):
+    """Five steps whose KL is below 0, with a cut after three of them: the warning comes at the fifth, and once."""
+    config, real, calls = kill.Config("ppo"), ppo.per_token, itertools.count()
+
+    def per_token(module, forward, *rest):
+        """The reference's log-probabilities, of every second call for a language model, are too high."""
+        high = forward is not ppo.critic_values and next(calls) % 2
+        return real(module, forward, *rest) + high
+
+    monkeypatch.setattr(ppo, "per_token", per_token)
+    cut(config, tmp_path / "run", 4, "--save_every 3")
+    assert json.loads((tmp_path / "run/checkpoints/step-3/state.json").read_text())["state"]["below_zero"] == 3
+    train(config, tmp_path / "run", "--resume")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "has been below 0" in line]
+    assert [line.split(":")[1] for line in warnings] == [" step 5"]
 
 
 # ---------------------------------------------------------------- what is refused
@@ -308,3 +327,112 @@ def test_what_cannot_be_made_or_removed_ends_no_run(train, whole, tmp_path, monk
     assert steps(folder) == [8]
     rmtree(folder / "checkpoints" / "step-4.part")
     assert kill.differences(folder, whole(SFT)) == []
+
+
+# ---------------------------------------------------------------- processes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ends(work, tmp_path_factory):
+    """The runs of ends.py, started before all tests of this file, as most of them wait: what they left, in the end."""
+    folder = tmp_path_factory.mktemp("ends")
+    started = kill.start([str(kill.ROOT / "tests" / "ends.py"), str(folder), *SFT.flags(work)], folder / "ends")
+    try:
+        yield lambda: (started.status(), folder)[1]
+    finally:
+        started.kill()
+
+
+def test_a_signal_is_an_end_that_can_be_resumed(whole, work, tmp_path):
+    """PPO without --save_every: Ctrl-C, then a kill in a save, then SIGTERM; each time the same command again."""
+    config, folder = kill.Config("ppo", 1, 2), tmp_path / "run"
+    never, twice = "--save_every 0 --resume".split(), "--save_every 2 --resume".split()
+    first = kill.run_of(config, work, folder, *never)
+    assert first.wait_for(lambda: "step 1 train:" in first.said())
+    os.kill(first.processes[0].pid, signal.SIGINT)
+    assert first.status() == [130]
+    (step,) = steps(folder)
+    last = first.said("err").splitlines()[-1]
+    assert f"ppo.py: stopped after step {step}" in last and f"--resume --output_dir {folder}" in last
+
+    killed = kill.run_of(config, work, folder, *twice)
+    assert kill.reach("save", killed, random.Random(0), 0)
+    killed.kill()
+    assert f"resumed from {folder}/checkpoints/step-{step}\n" in killed.said()
+    kept = steps(folder)
+
+    stopped = kill.run_of(config, work, folder, *never)
+    assert stopped.wait_for(lambda: " steps on " in stopped.said())
+    os.kill(stopped.processes[0].pid, signal.SIGTERM)
+    assert stopped.status() == [143]
+    assert f"resumed from {folder}/checkpoints/step-{kept[-1]}\n" in stopped.said()
+
+    assert kill.run_of(config, work, folder, *never).status() == [0]
+    assert kill.differences(folder, whole(config)) == []
+    again = kill.run_of(config, work, folder, *never)
+    assert again.status() == [0] and "holds this run, finished" in again.said()
+
+
+def test_two_ranks_lose_nothing(work, refuses, tmp_path):
+    """SIGTERM to one rank only; no room on the other rank only, and a kill then; a kill in a save; a broken shard."""
+    config, folder = kill.Config("reward", 2, 3), tmp_path / "run"
+    whole = kill.reference(config, work)
+    first = kill.run_of(config, work, folder, "--resume", "--save_every", "0")
+    assert first.wait_for(lambda: "step 1 train:" in first.said())
+    os.kill(first.processes[1].pid, signal.SIGTERM)
+    assert first.status() == [143, 143]
+    (step,) = steps(folder)
+    assert "stopped after" not in first.said("err", 1)
+    refuses("the number of ranks is 1, but was 2", folder=shutil.copytree(folder, tmp_path / "one"), config=config)
+
+    shard = next(shutil.copytree(folder, tmp_path / "broken").rglob("*rank_1*optim_states.pt"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    broken = kill.run_of(config, work, tmp_path / "broken", "--resume")
+    full = kill.run_of(config, work, folder, "--resume", "--save_every", "1", file_limits=(None, 1 << 20))
+    assert full.wait_for(lambda: "no checkpoint at step 8" in full.said())
+    full.kill()
+    said = full.said().splitlines()
+    assert sum("zero_pp_rank_1" in line and "File too large" in line for line in said) == 8 - step
+    assert steps(folder) == [step]
+    assert broken.status() == [1, 1] and "cannot load the checkpoint" in broken.said("err", 1).splitlines()[-1]
+    assert "Traceback" not in broken.said("err") + broken.said("err", 1)
+
+    killed = kill.run_of(config, work, folder, "--resume")
+    assert kill.reach("save", killed, random.Random(1), 0)
+    killed.kill()
+    assert f"resumed from {folder}/checkpoints/step-{step}\n" in killed.said()
+    last = kill.run_of(config, work, folder, "--resume")
+    assert last.status() == [0, 0]
+    assert kill.differences(folder, whole) == []
+
+
+# ---------------------------------------------------------------- what ends a rank
+
+
+def test_how_ranks_end(ends):
+    """Within a minute, whatever the others wait for, with the reason and nothing else in the last line."""
+    folder = ends()
+    ended = json.loads((folder / "ended.json").read_text())
+    lost = "sft.py: error: rank {} has lost another rank, whose message, if it left one, stands above"
+    watched = "error: rank {} ends, because rank {} has ended"
+    signalled = "signal: a checkpoint follows the step in hand; a second signal ends the run at once"
+    expected = {  # status and last line of rank 0 and of rank 1
+        "fails": [(1, lost.format(0)), (1, "sft.py: error: rank 1: RuntimeError: a fault")],
+        "refuses": [(1, lost.format(0)), (1, "sft.py: error: a fault to mend")],
+        "dies": [(1, lost.format(0)), (-9, "")],
+        "first dies": [(-9, ""), (1, lost.format(1))],
+        "first asleep": [(1, watched.format(0, 1)), (-9, "")],
+        "slow last file": [(0, ""), (0, "")],
+        "interrupted": [(130, ""), (130, "")],
+        "SIGTERM twice": [(-15, signalled)],
+        "SIGINT twice": [(-2, signalled)],
+    }
+    found, seconds = {}, {}
+    for way, ranks in expected.items():
+        errors = [(folder / f"{way}.{rank}.err").read_text() for rank in range(len(ranks))]
+        assert [("Traceback" in error) for error in errors] == [way == "fails" and rank for rank in range(len(ranks))]
+        both = [ended[f"{way} {rank}"] for rank in range(len(ranks))]
+        found[way] = [(status, (["", *error.splitlines()])[-1]) for (status, _), error in zip(both, errors)]
+        seconds[way] = max(time for _, time in both) - min(time for _, time in both)
+    assert found == expected
+    assert max(seconds.values()) < 60 and seconds["refuses"] > 5, seconds
