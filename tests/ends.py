@@ -84,12 +84,12 @@ def signals(number: int, seconds: float) -> None:
 
 
 def slow_last_file(rank: int) -> None:
-    """Rank 0 writes its last file for longer than another rank may be silent for: here 2 s, from the next look on."""
+    """Rank 0 writes its last file for longer than another rank may be silent for: here 8 s."""
     real, wait = common.write_generations, common.ENDING.wait
+    common.ENDING.wait = lambda seconds: wait(seconds / 5)
 
     def write_generations(*rest) -> None:
-        common.ENDING.wait = lambda seconds: wait(seconds / 20)
-        time.sleep(10 * (rank == 0))
+        time.sleep(12 * (rank == 0))
         real(*rest)
 
     common.write_generations = write_generations

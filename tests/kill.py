@@ -313,7 +313,7 @@ def main() -> int:
             start_again = True
             if not killed:
                 break
-        if any(status):
+        if any(status) or "Traceback" in started.said("err"):
             wrong.append(f"{folder} ({name}): status {status}\n{said}{started.said('err')}")
         else:
             found = differences(folder, whole)

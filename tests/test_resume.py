@@ -87,7 +87,7 @@ def steps(folder) -> list[int]:
 # ---------------------------------------------------------------- the same bits
 
 
-CONFIGS = ("sft 0 fp32", "sft 3 bf16", "reward 1 bf16", "reward 2 fp16", "dpo 2 bf16", "ppo 0 fp32", "ppo 2 bf16")
+CONFIGS = ("sft 0 fp32", "sft 3 bf16", "reward 1 bf16", "reward 2 fp16", "dpo 2 bf16", "ppo 1 bf16")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -219,10 +219,9 @@ def test_checkpoints_are_not_replaced_unasked(refuses, train, whole, folder):
     assert steps(folder) == [] and kill.differences(folder, whole(SFT)) == []
 
 
-@pytest.mark.parametrize("harm", ["cut short", "gone"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_checkpoint_that_cannot_be_read(refuses, cut, tmp_path, stage, harm):
-    """Any of its files, and what is older stays."""
+def test_a_checkpoint_that_cannot_be_read(refuses, cut, tmp_path, stage):
+    """Any of its files, gone or cut short; and what is older stays."""
     config = kill.Config("sft", 1, stage)
     cut(config, tmp_path / "run", 5)
     newest = tmp_path / "run" / "checkpoints" / "step-4"
@@ -231,8 +230,8 @@ def test_a_checkpoint_that_cannot_be_read(refuses, cut, tmp_path, stage, harm):
     for path in files:
         kept = path.read_bytes()
         path.unlink()
-        if harm == "cut short":
-            path.write_bytes(kept[: len(kept) // 2])
+        refuses("step-4", config=config, folder=tmp_path / "run")
+        path.write_bytes(kept[: len(kept) // 2])
         refuses("step-4", config=config, folder=tmp_path / "run")
         path.write_bytes(kept)
     assert steps(tmp_path / "run") == [2, 4]
@@ -260,7 +259,7 @@ def test_what_is_half_saved_or_half_removed_is_not_trusted(train, whole, capsys,
 
 
 def test_the_newest_stay(train, tmp_path):
-    for keep, left in ((0, [8]), (1, [8]), (3, [4, 6, 8])):
+    for keep, left in ((0, [8]), (3, [4, 6, 8])):
         train(SFT, tmp_path / str(keep), f"--keep {keep}")
         assert steps(tmp_path / str(keep)) == left
 
@@ -343,11 +342,10 @@ def ends(work, tmp_path_factory):
         started.kill()
 
 
-def test_a_signal_is_an_end_that_can_be_resumed(whole, work, tmp_path):
-    """PPO without --save_every: Ctrl-C, then a kill in a save, then SIGTERM; each time the same command again."""
+def test_ctrl_c_and_a_kill_in_ppo(whole, work, tmp_path):
+    """Ctrl-C without --save_every, then a kill in a save; each time the same command again."""
     config, folder = kill.Config("ppo", 1, 2), tmp_path / "run"
-    never, twice = "--save_every 0 --resume".split(), "--save_every 2 --resume".split()
-    first = kill.run_of(config, work, folder, *never)
+    first = kill.run_of(config, work, folder, "--save_every", "0")
     assert first.wait_for(lambda: "step 1 train:" in first.said())
     os.kill(first.processes[0].pid, signal.SIGINT)
     assert first.status() == [130]
@@ -355,26 +353,18 @@ def test_a_signal_is_an_end_that_can_be_resumed(whole, work, tmp_path):
     last = first.said("err").splitlines()[-1]
     assert f"ppo.py: stopped after step {step}" in last and f"--resume --output_dir {folder}" in last
 
-    killed = kill.run_of(config, work, folder, *twice)
+    killed = kill.run_of(config, work, folder, "--resume")
     assert kill.reach("save", killed, random.Random(0), 0)
     killed.kill()
     assert f"resumed from {folder}/checkpoints/step-{step}\n" in killed.said()
-    kept = steps(folder)
-
-    stopped = kill.run_of(config, work, folder, *never)
-    assert stopped.wait_for(lambda: " steps on " in stopped.said())
-    os.kill(stopped.processes[0].pid, signal.SIGTERM)
-    assert stopped.status() == [143]
-    assert f"resumed from {folder}/checkpoints/step-{kept[-1]}\n" in stopped.said()
-
-    assert kill.run_of(config, work, folder, *never).status() == [0]
+    kept = steps(folder)[-1]
+    again = kill.run_of(config, work, folder, "--resume")
+    assert again.status() == [0] and f"resumed from {folder}/checkpoints/step-{kept}\n" in again.said()
     assert kill.differences(folder, whole(config)) == []
-    again = kill.run_of(config, work, folder, *never)
-    assert again.status() == [0] and "holds this run, finished" in again.said()
 
 
 def test_two_ranks_lose_nothing(work, refuses, tmp_path):
-    """SIGTERM to one rank only; no room on the other rank only, and a kill then; a kill in a save; a broken shard."""
+    """SIGTERM to one rank only; then no room on the other rank only, and a kill in a save; and a broken shard."""
     config, folder = kill.Config("reward", 2, 3), tmp_path / "run"
     whole = kill.reference(config, work)
     first = kill.run_of(config, work, folder, "--resume", "--save_every", "0")
@@ -382,28 +372,26 @@ def test_two_ranks_lose_nothing(work, refuses, tmp_path):
     os.kill(first.processes[1].pid, signal.SIGTERM)
     assert first.status() == [143, 143]
     (step,) = steps(folder)
-    assert "stopped after" not in first.said("err", 1)
-    refuses("the number of ranks is 1, but was 2", folder=shutil.copytree(folder, tmp_path / "one"), config=config)
+    assert "stopped after" in first.said("err") and "stopped after" not in first.said("err", 1)
 
+    refuses("the number of ranks is 1, but was 2", folder=shutil.copytree(folder, tmp_path / "one"), config=config)
     shard = next(shutil.copytree(folder, tmp_path / "broken").rglob("*rank_1*optim_states.pt"))
     os.truncate(shard, shard.stat().st_size // 2)
     broken = kill.run_of(config, work, tmp_path / "broken", "--resume")
+
     full = kill.run_of(config, work, folder, "--resume", "--save_every", "1", file_limits=(None, 1 << 20))
-    assert full.wait_for(lambda: "no checkpoint at step 8" in full.said())
+    assert full.wait_for(lambda: f"no checkpoint at step {step + 1}: " in full.said())
+    assert kill.reach("save", full, random.Random(1), 0)
     full.kill()
-    said = full.said().splitlines()
-    assert sum("zero_pp_rank_1" in line and "File too large" in line for line in said) == 8 - step
+    warnings = [line for line in full.said().splitlines() if line.startswith("warning: no checkpoint")]
+    assert all("zero_pp_rank_1" in line and "File too large" in line for line in warnings)
     assert steps(folder) == [step]
+
+    last = kill.run_of(config, work, folder, "--resume")
+    assert last.status() == [0, 0] and f"resumed from {folder}/checkpoints/step-{step}\n" in last.said()
+    assert kill.differences(folder, whole) == []
     assert broken.status() == [1, 1] and "cannot load the checkpoint" in broken.said("err", 1).splitlines()[-1]
     assert "Traceback" not in broken.said("err") + broken.said("err", 1)
-
-    killed = kill.run_of(config, work, folder, "--resume")
-    assert kill.reach("save", killed, random.Random(1), 0)
-    killed.kill()
-    assert f"resumed from {folder}/checkpoints/step-{step}\n" in killed.said()
-    last = kill.run_of(config, work, folder, "--resume")
-    assert last.status() == [0, 0]
-    assert kill.differences(folder, whole) == []
 
 
 # ---------------------------------------------------------------- what ends a rank
