@@ -249,7 +249,8 @@ def differences(folder: Path, whole: Path) -> list[str]:
         if [step for step, _ in points] != sorted({step for step, _ in points})
     ][:3]
     found += ["TensorBoard's scalars differ"] * (scalars != scalars_of(whole))
-    for path in sorted({path.relative_to(whole) for path in whole.glob("model/*")} | {Path("eval.jsonl")}):
+    files = {path.relative_to(whole) for path in whole.glob("model/*") if path.name != "README.md"}  # names its folder
+    for path in sorted(files | {Path("eval.jsonl")}):
         if (whole / path).exists() and (folder / path).read_bytes() != (whole / path).read_bytes():
             found.append(f"{path} differs")
     if (whole / "generations.json").exists():
