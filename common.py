@@ -163,18 +163,20 @@ def run(main, args_class, preset) -> None:
     The status, on all ranks, is 1 after an error, 128 + its number after a signal.
     """
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # the disk's fault, not the program's
-    status = message = 0
+    status, message, together = 0, "", True
     try:
         find_ranks()
         main(parse_args(args_class, preset))
+        if dist.is_initialized():
+            dist.barrier()  # under watch: rank 0 may still write for a while
     except Stopped as stopped:
         status, message = stopped.status, stopped if os.environ["RANK"] == "0" else ""
     except KeyboardInterrupt:
-        status = 130
+        status, together = 130, False  # the other ranks may wait elsewhere
     except Exception as error:
         ENDING.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's
-        status, rank = 1, int(os.environ.get("RANK", 0))
+        status, together, rank = 1, False, int(os.environ.get("RANK", 0))
         if isinstance(error, InputError) or isinstance(error, OSError) and error.errno in full:
             time.sleep(10 * (rank > 0))  # rank 0 says what all ranks found, and the launcher ends this one
             message = f"error: {error if isinstance(error, InputError) else said(error)}"
@@ -188,7 +190,7 @@ def run(main, args_class, preset) -> None:
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # clears a progress bar before it
     ENDING.set()
     several = dist.is_initialized() and dist.get_world_size() > 1
-    if several and status != 1:
+    if several and together:
         dist.barrier()  # none of the others watches this rank any longer
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -526,7 +528,8 @@ class Checkpoints:
             engine.checkpoint_engine.save, engine._copy_recovery_script = self.write, lambda path: None
         newest = on_rank_0(process, lambda: args.resume and next(iter(whole(folder)[::-1]), None))
         if newest:
-            saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
+            with loading("checkpoint", str(newest)):
+                saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
             for name, now in on_rank_0(process, lambda: self.identity).items():
                 if (then := saved["identity"].get(name)) != now:
                     raise InputError(f"--resume: {name} is {now}, but was {then} when {newest} was written")
@@ -579,6 +582,7 @@ class Checkpoints:
 
     def save(self, step: int, state: dict) -> None:
         path = self.folder / "checkpoints" / f"step-{step}"
+        on_rank_0(self.process, lambda: path.parent.mkdir(exist_ok=True))  # not in writing(), on rank 0 alone
         with writing(path) if self.process.rank == 0 else contextlib.nullcontext() as part:
             part = on_rank_0(self.process, lambda: [(part / tag).mkdir(parents=True) for tag in self.engines] and part)
             for tag, engine in self.engines.items():
@@ -589,7 +593,8 @@ class Checkpoints:
             state = json.dumps(state | {"identity": self.process.rank == 0 and self.identity})
             on_rank_0(self.process, lambda: write_file(part / "state.json", state))
         for old in whole(self.folder)[: -max(self.args.keep, 1)] if self.process.rank == 0 else ():
-            shutil.rmtree(old.rename(f"{old}.part"))  # killed in here, it does not look whole
+            with optional(old, "cannot be removed"):
+                shutil.rmtree(old.rename(f"{old}.part"))  # killed in here, it does not look whole
 
     def write(self, state_dict, path: str) -> None:
         """In place of DeepSpeed's own, which on one rank's full disk would leave the others waiting."""
@@ -599,7 +604,8 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            self.failures.append(f"{path}: {said(error)}")
+            reason = error if isinstance(error, OSError) else error.__context__ or error  # torch's own hides it
+            self.failures.append(f"{path}: {said(reason)}")
 
 
 # ---------------------------------------------------------------- rows
@@ -1147,7 +1153,12 @@ class Metrics:
         self.history, self.bar.initial, self.bar.n = history, step, step
         if self.enabled:
             self.file.truncate(min(size, self.file.tell()))
-            self.board = type(self.board)(self.board.log_dir, purge_step=step + 1)
+            self.file.seek(0, os.SEEK_END)  # else tell() still counts what was cut off
+            # An evaluation may have come at this very step, after state(): the board loses the step, and gets it anew.
+            self.board = type(self.board)(self.board.log_dir, purge_step=step)
+            for line in Path(self.file.name).read_text(encoding="utf-8").splitlines():
+                if (values := json.loads(line))["step"] == step:
+                    self.draw(**values)
 
     def add(self, step: int, values: dict, last: bool = False, **amounts: int) -> bool:
         """Keep a step's values; every --log_every steps write their means, and amounts per second. Whether it wrote."""
@@ -1174,14 +1185,17 @@ class Metrics:
             return
         values = values | self.derived(values)
         self.file.write(json_line({"step": step, "split": split, **values}))
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                self.board.add_scalar(f"{split}/{name}", value, step)
+        self.draw(step, split, **values)
         shown = {name: f"{values[name]:.4g}" for name in self.shown if values.get(name) is not None}
         if split == "train" and not self.bar.disable:
             self.bar.set_postfix(shown)
         else:  # no terminal: no bar, but lines
             tqdm.write(f"step {step} {split}: " + ", ".join(map(" ".join, shown.items())))
+
+    def draw(self, step: int, split: str, **values) -> None:
+        for name, value in values.items():
+            if value is not None and math.isfinite(value):
+                self.board.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         self.bar.close()

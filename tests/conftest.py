@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -40,7 +41,12 @@ def run(process):
 
     def call(script, *argv: str) -> None:
         argv = argv[0].split() if len(argv) == 1 else list(argv)
-        script.main(common.parse_args(script.Args, script.preset, argv))
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            script.main(common.parse_args(script.Args, script.preset, argv))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     return call
 
