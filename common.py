@@ -1390,7 +1390,7 @@ def loading(what: str, path: str):
     elif "trust_remote_code" in str(error):
         reason = "it needs code of its own: read that code, then pass --trust_remote_code"
     elif folder.exists():
-        reason = said(error)
+        reason = said(error) + "; delete it to go on from the one before" * (what == "checkpoint")
     else:
         reason = f"there is no such folder, nor could the Hub give it; download it and pass that ({said(error)})"
     raise InputError(f"cannot load the {what} {path}: {reason}") from error
@@ -1603,13 +1603,14 @@ def write_card(folder: Path, args, auto_class: str, process: Process) -> None:
         return
     logged = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     last = [line for line in logged if line["split"] == "eval"][-1:]
+    figures = [item for line in last for item in line.items() if item[0] != "split" and item[1] is not None]
     script = Path(sys.modules[type(args).__module__].__file__).name
     load = f"`transformers.{auto_class}.from_pretrained(folder)` loads it, with the tokenizer beside it."
     write_file(folder / "model" / "README.md", "\n".join([
         "---\nlibrary_name: transformers\ntags: [pcrm]\n---",
         f"Trained by `{script}` (Prior Constraints-based Reward Model training, arXiv 2404.00978). {load}",
         "\n| on held-out rows | |\n| --- | --- |",
-        *[f"| {name} | {value:.4g} |" for line in last for name, value in line.items() if name != "split" and value],
+        *[f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in figures],
         "\n| trained with | |\n| --- | --- |",
         *[f"| {name} | {value} |" for name, value in vars(args).items() if value != ""], "",
     ]))  # fmt: skip
