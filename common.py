@@ -196,8 +196,8 @@ def run(main, args_class, preset) -> None:
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A Gloo thread that drops the tensors of its last work wants the GIL. If Python is finalizing by then, the thread is
-    # ended inside a C++ destructor, which aborts the process; hence no finalizing (2 of 50 processes on busy cores).
+    # A Gloo thread that drops the tensors of its last work wants the GIL. If Python is finalizing by then, it is
+    # ended inside a C++ destructor, which aborts the process; hence no finalizing (seen: 2 of 50, busy cores).
     (os._exit if several and not torch.cuda.is_available() else sys.exit)(status)
 
 
