@@ -767,6 +767,24 @@ def test_a_folder_in_use_is_locked(run, tiny, tmp_path):
         assert metrics.read_text().count("\n") == 3 and (out / "generations.json").exists()
 
 
+@pytest.mark.parametrize("place", ["a cache that both fill", "no home"])
+def test_two_runs_at_once_without_a_model(tmp_path, place):
+    """Both make the embedded model and the rows, in one cache or, where there is no home, in the temporary folder."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "file").write_text("")
+    home = str(tmp_path / "file" / "home")  # no folder can be made here
+    variables = {"HOME": home, "PCRM_CACHE": "" if place == "no home" else str(tmp_path / "cache")}
+    variables |= {"TMPDIR": str(tmp_path / "tmp"), "MPLCONFIGDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        tasks = []
+        for label in ("a", "b"):
+            command = script("sft", "--output_dir", str(tmp_path / label), "--generate", "0", *ONE_STEP)
+            tasks.append(stack.enter_context(ended(start(tmp_path, label, command, **variables))))
+        assert [task.wait(timeout=150) for task in tasks] == [0, 0], (tmp_path / "a.err").read_text()
+    first, second = (lines(tmp_path / label / "metrics.jsonl") for label in ("a", "b"))
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+
+
 # ---------------------------------------------------------------- processes
 
 SLURM = dict(SLURM_STEP_NUM_TASKS="2", SLURM_NTASKS="2", SLURM_STEP_NUM_NODES="1", SLURM_NNODES="1", SLURM_JOB_ID="1")

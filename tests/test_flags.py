@@ -199,7 +199,7 @@ def test_every_flag_is_read(name, run, toy, toy_reward, tmp_path, monkeypatch):
     data = rows_file(tmp_path, *[row | dict(responses=[f"{i}", "No.", "Go."], scores=[3, 2, 1]) for i in range(4)])
     short = (
         f"--dataset {data} --eval_dataset {data} --output_dir {tmp_path}/out --overwrite --epochs 2 --max_steps 1 "
-        "--global_batch_size 2 --micro_batch_size 1"
+        "--global_batch_size 2 --micro_batch_size 1 --save_every 1"
     )
     flags = {
         "sft": ["--generate 1"] * 2,  # the second time the folder has a finished run
