@@ -1,0 +1,87 @@
+"""The estimators of evidence.py against numbers derived another way."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+import evidence
+import toy_data
+
+
+@pytest.mark.parametrize("bound", [1.0, 5.0, 8.0])
+def test_inverse_link(bound):
+    """The margin with the least expected loss for a true P is linked back to P."""
+    grid = np.linspace(-3, 8, 200_001)
+    for p in (0.5, 0.7, 0.9):
+        def loss(m):
+            return np.logaddexp(0, -m) + np.logaddexp(0, m - bound)
+        best = grid[np.argmin(p * loss(grid) + (1 - p) * loss(-grid))]
+        assert evidence.inverse_link(np.array([best]), np.array([bound]))[0] == pytest.approx(p, abs=1e-3)
+
+
+def test_inverse_link_in_numbers():
+    """From the equation at p = 0.9: the optimum is 1.84 at δ = 5, 2.17 at 8, and 2.20 = log 9 without a bound."""
+    margins, bounds = np.array([1.84, 2.17, 2.197]), np.array([5.0, 8.0, np.inf])
+    assert evidence.inverse_link(margins, bounds) == pytest.approx([0.9, 0.9, 0.9], abs=2e-3)
+
+
+def test_best_of_n(monkeypatch):
+    """The mean over all ways to take 2 of 4, and 3 of 4."""
+    monkeypatch.setattr(evidence, "BEST_OF", [1, 2, 3, 4])
+    proxy, value = np.array([[0.3, 0.1, 0.9, 0.5]]), np.array([[1.0, 7.0, 2.0, -4.0]])
+    every = [[value[0, max(some, key=lambda i: proxy[0, i])] for some in itertools.combinations(range(4), n)]
+             for n in (1, 2, 3, 4)]  # fmt: skip
+    assert evidence.best_of_n(proxy, value) == pytest.approx([np.mean(each) for each in every])
+
+
+def test_calibration_in_numbers():
+    """Ten pairs at confidence 0.8, of which six are right: off by 0.2; Brier (6 · 0.04 + 4 · 0.64) / 10 = 0.28."""
+    found = evidence.calibration(np.array([0.8] * 6 + [0.2] * 4))
+    assert found["ece"] == pytest.approx(0.2) and found["brier"] == pytest.approx(0.28)
+    assert found["nll"] == pytest.approx(-(6 * np.log(0.8) + 4 * np.log(0.2)) / 10)
+
+
+def test_one_temperature_is_found():
+    """Margins four times too large for their labels: σ(m / 4) comes back."""
+    rng = np.random.default_rng(0)
+    logit = rng.normal(0, 2, 20_000)
+    margin = 4 * logit * np.where(rng.random(20_000) < 1 / (1 + np.exp(-logit)), 1, -1)
+    assert evidence.tempered(margin) == pytest.approx(1 / (1 + np.exp(-margin / 4)), abs=0.02)
+
+
+def test_the_harder_task(tmp_path):
+    """Three of ten labels are wrong, and "Have a nice day!" goes with what gold likes, though it costs a point."""
+    evidence.build(tmp_path, 3)
+    rows = evidence.lines(tmp_path / "pairs_train.jsonl")
+    gold = np.array([row["gold"] for row in rows])
+    kinds = {kind: gold[[row["kind"] == kind for row in rows]] for kind in ("far", "near", "equal")}
+    assert {kind: len(each) for kind, each in kinds.items()} == {"far": 2000, "near": 1000, "equal": 1000}
+    assert not kinds["equal"].any() and kinds["near"].all()
+    assert 0.25 < ((gold < 0) + 0.5 * (gold == 0)).mean() < 0.35
+    answers = [(evidence.gold(row["prompt"], row[side]), row[side].count(evidence.HACK))
+               for row in rows if row["kind"] == "far" for side in ("chosen", "rejected")]  # fmt: skip
+    assert np.corrcoef(np.transpose(answers))[0, 1] > 0.3
+    prompt = toy_data.prompt_text("", "Do you sell {good}?", "soap")
+    assert evidence.gold(prompt, f"Aisle 4. {evidence.HACK} {evidence.HACK}") == evidence.gold(prompt, "Aisle 4.") - 2
+
+
+def test_seeds_are_reproducible(tmp_path):
+    for folder in ("a", "b"):
+        evidence.build(tmp_path / folder, 7)
+    assert (tmp_path / "a/pairs_eval.jsonl").read_bytes() == (tmp_path / "b/pairs_eval.jsonl").read_bytes()
+    assert not {row["prompt"] for row in evidence.lines(tmp_path / "a/prompts_train.jsonl")} & {
+        row["prompt"] for row in evidence.lines(tmp_path / "a/pairs_eval.jsonl")
+    }
+
+
+def test_reworded_keeps_gold():
+    rng = random.Random(0)
+    prompt, parts = toy_data.prompt_text("", "Do you sell {good}?", "soap"), ["Of course!", "Go to aisle 2.", "Are you blind?"]
+    changed = {" ".join(evidence.reworded(rng, "soap", parts)) for _ in range(50)}
+    assert len(changed) > 5 and {evidence.gold(prompt, text) for text in changed} == {evidence.gold(prompt, " ".join(parts))}
+
+
+def test_intervals_hold_the_mean():
+    assert evidence.interval(np.array([1.0, 1.0, 1.0])) == "+1 [+1, +1]"
