@@ -1709,14 +1709,12 @@ def write_generations(answers: list[tuple[str, str]], args, process: Process) ->
 
 def plot_margins(lines: list[dict], args, path: Path) -> None:
     """Margin and bound of each held-out pair against its similarity, and the margins' histogram."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     lines = sorted(lines, key=lambda line: line["similarity"])
     similarity, margin = (np.array([line[name] for line in lines]) for name in ("similarity", "margin"))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, width_ratios=(2, 1), layout="constrained")
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     left.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0, label="margin")
     if args.constraint != "none":
         style = "." if args.constraint == "random" or args.shuffle_bounds else "-"
@@ -1728,5 +1726,4 @@ def plot_margins(lines: list[dict], args, path: Path) -> None:
     left.set_ylim(margin.min() - 0.5, max(margin.max(), 6) * 1.6)
     right.hist(margin, bins=40, orientation="horizontal")
     right.set(xlabel="pairs", title=f"largest margin {margin.max():.1f}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.savefig(path)

@@ -328,14 +328,12 @@ def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str
 
 def plot_steps(path: Path, output: Path) -> None:
     """Score, KL and response length over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    figure = Figure(figsize=(12, 3.5), dpi=120, layout="constrained")
     titles = {"score_mean": "score", "kl": "KL from the reference, nats", "response_tokens": "response, tokens"}
+    axes = figure.subplots(1, 3)
     for axis, (name, title) in zip(axes, titles.items()):
         for split, style in (("train", "-"), ("eval", "o")):
             points = [(line["step"], line[name]) for line in lines if line["split"] == split]
@@ -343,8 +341,7 @@ def plot_steps(path: Path, output: Path) -> None:
                 axis.plot(*zip(*points), style, label=split)
         axis.set(xlabel="step", title=title)
     axes[0].legend()
-    figure.savefig(output, dpi=120)
-    plt.close(figure)
+    figure.savefig(output)
 
 
 # ---------------------------------------------------------------- training
