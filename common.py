@@ -23,7 +23,6 @@ import functools
 import glob
 import hashlib
 import io
-import itertools
 import json
 import math
 import re
@@ -69,8 +68,6 @@ FREE_FLAGS = "resume overwrite output_dir save_every keep log_every eval_every l
 
 class InputError(Exception):
     """Something that the user can mend. The message says what, where and how, in one line, not too long."""
-
-    status = 1  # of the process
 
     def __init__(self, message):
         message = re.sub(r"\s*\n\s*", " ", str(message))
@@ -354,9 +351,8 @@ def cached(kind: str, content, compute, process: Process) -> torch.Tensor:
         return torch.from_numpy(found)
     result = compute()
     if process.rank == 0:
-        with optional(path, "is not kept for the next run"), writing(path) as part:
-            with open(part, "wb") as file:
-                np.save(file, result.numpy())
+        with optional(path, "is not kept for the next run"), writing(path) as part, open(part, "wb") as file:
+            np.save(file, result.numpy())
     return result
 
 
@@ -381,8 +377,6 @@ def optional(path: Path, what: str, faults=OSError):
     """Inside, a cache is read or written: what fails is said, and the run goes on."""
     try:
         yield
-    except InputError:
-        raise
     except faults as error:
         tqdm.write(f"warning: {path} {what}: {said(error)}")
 
@@ -439,24 +433,20 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
     """
 
     def make() -> str:
-        script = Path(sys.modules[type(args).__module__].__file__).stem
-        name = "-".join(filter(None, (script, getattr(args, "constraint", ""), time.strftime("%Y%m%d-%H%M%S"))))
-        for number in itertools.count():  # two runs may start in the same second
-            folder = Path(args.output_dir or f"runs/{name}" + f"-{number}" * (number > 0))
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
-                break
+        script, now = Path(sys.modules[type(args).__module__].__file__).stem, datetime.datetime.now()
+        parts = (script, getattr(args, "constraint", ""), f"{now:%Y%m%d-%H%M%S-%f}")  # two may start in one second
+        folder = Path(args.output_dir or f"runs/{'-'.join(filter(None, parts))}")
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             LOCKS.append(filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True))
             LOCKS[-1].acquire()
         except filelock.Timeout as error:
             raise InputError(f"--output_dir {folder} is in use by another run: choose another folder") from error
-        found = check_output(args, folder, outputs, resolved=True)
-        for old in [] if args.resume and whole(folder) else found:
-            if old.name != "model" or not args.epochs:  # that stays until the new one is whole
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        for part in [*folder.glob("*.part"), *folder.glob("checkpoints/*.part")]:  # of a run that was killed
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        old = check_output(args, folder, outputs, resolved=True)
+        old = [] if args.resume and whole(folder) else old
+        old = [path for path in old if path.name != "model" or not args.epochs]  # that stays until the new one is whole
+        for path in [*old, *folder.glob("*.part"), *folder.glob("checkpoints/*.part")]:  # of a run that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         args.output_dir = str(folder)
         write_file(folder / "args.json", json.dumps(vars(args), indent=2) + "\n")
         return str(folder)
@@ -531,10 +521,9 @@ class Checkpoints:
         if newest:
             with loading("checkpoint", str(newest)):
                 saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
-            for name, now in on_rank_0(process, lambda: self.identity).items():
-                if (then := saved["identity"].get(name)) != now:
-                    raise InputError(f"--resume: {name} is {now}, but was {then} when {newest} was written")
-            with loading("checkpoint", str(newest)):
+                for name, now in on_rank_0(process, lambda: self.identity).items():
+                    if (then := saved["identity"].get(name)) != now:
+                        raise InputError(f"--resume: {name} is {now}, but was {then} when {newest} was written")
                 for tag, engine in engines.items():
                     engine.load_checkpoint(str(newest), tag=tag)
             self.step, self.state = saved["step"], saved["state"]
@@ -619,7 +608,6 @@ def read_rows(flag: str, name: str, split: str):
     only one); in a file it keeps the rows whose column `split` says so. A file without it is used whole. A pattern such
     as part-*.jsonl stands for all files that match, where no file has that very name.
     """
-    where = f"{flag} {name}"
     with reading(flag, name):
         path, wanted, files = find_files(name)
         if files is None:
@@ -635,30 +623,30 @@ def read_rows(flag: str, name: str, split: str):
                     splits = datasets.load_dataset(**{"path": path, **here})
                 chosen = wanted or (list(splits)[0] if len(splits) == 1 else split)
                 if chosen not in splits:
-                    raise InputError(f"{where}: no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
+                    raise InputError(f"no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
                 return splits[chosen].to_list() if here else splits[chosen]
+        if not files:
+            raise InputError("there is no such file")
         rows = [row for file in files for row in read_file(file)]
-    found = {str(row.get("split")) for row in rows} if wanted else ()
-    rows = [row for row in rows if not wanted or row.get("split") == wanted]
-    if not rows:
-        reason = f"no row has split {wanted!r}; there are {sorted(found)}" if found else "no rows"
-        raise InputError(f"{where}: {reason if files else 'there is no such file'}")
-    return rows
+        chosen = [row for row in rows if not wanted or row.get("split") == wanted]
+        if not chosen:
+            found = sorted({str(row.get("split")) for row in rows})
+            raise InputError(f"no row has split {wanted!r}; there are {found}" if found else "no rows")
+        return chosen
 
 
 @contextlib.contextmanager
 def reading(flag: str, name: str):
     """Inside, rows are read: an InputError for whatever the libraries raise, which are many kinds."""
-    where = f"{flag} {name}"
     try:
         yield
     except InputError as error:
-        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+        raise InputError(f"{flag} {name}: {error}") from error
     except Exception as error:  # an unreachable Hub, a loading script, a broken file
         reason = said(error)
         if not any(Path(path).exists() for path in (name, name.rpartition(":")[0] or name)):
             reason += f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
-        raise InputError(f"{where}: {reason}") from error
+        raise InputError(f"{flag} {name}: {reason}") from error
 
 
 def find_files(name: str) -> tuple[str, str, list[Path] | None]:
@@ -691,24 +679,23 @@ def read_file(path: Path) -> list[dict]:
         return list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""), restkey="more", strict=True))
     whole, rows = data.lstrip().startswith(b"["), []
     for number, line in enumerate([data] if whole else data.split(b"\n"), 1):
-        surrogate = line.lower().find(b"\\ud")
+        if not line.strip():
+            continue
         try:
-            found = json.loads(line.decode("utf-8")) if line.strip() else []
-            if surrogate >= 0:
-                json.dumps(found, ensure_ascii=False).encode()
+            found = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:
             raise InputError(f"line {number + error.lineno - 1} is not JSON: {error.msg}") from error
         except UnicodeDecodeError as error:
             number += line[: error.start].count(b"\n")
             raise InputError(f"line {number} is not UTF-8: {error.reason}") from error
-        except UnicodeEncodeError as error:
-            number += line[:surrogate].count(b"\n")
-            raise InputError(f"line {number} has a lone surrogate, half a character, which is no text") from error
-        new = found if whole or not line.strip() else [found]
-        for place, row in enumerate(new, 1 if whole else number):
+        escaped = b"\\ud" in line.lower()
+        for place, row in enumerate(found if whole else [found], 1 if whole else number):
+            where = f"{'row' if whole else 'line'} {place}"
             if not isinstance(row, dict):
-                raise InputError(f"{'row' if whole else 'line'} {place} is not a JSON object: {row!r:.80}")
-        rows += new
+                raise InputError(f"{where} is not a JSON object: {row!r:.80}")
+            if escaped and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+                raise InputError(f"{where} has a lone surrogate, half a character, which is no text")
+            rows.append(row)
     return rows
 
 
@@ -968,17 +955,15 @@ def load_ranked(args, encode, process: Process) -> tuple[datasets.Dataset | None
                 fits = [isinstance(score, int | float) and math.isfinite(score) for score in scores]
                 fits += [isinstance(string, str) for string in (prompt, *responses)]
                 if len(responses) != len(scores) or not all(fits):
-                    raise TypeError
+                    raise ValueError("prompt must be text, responses a list of texts, scores a number each")
                 partners = zip(responses, responses[1:] + responses[:1]) if len(responses) > 2 else ()
                 same = {"prompt": prompt, "similarity": 1}  # which scores do not depend on
-                each = [encode(same | {"chosen": a, "rejected": b}) for a, b in partners]
+                pairs += [encode(same | {"chosen": a, "rejected": b}) for a, b in partners]
+                human += [scores] * (len(responses) > 2)
             except Unusable:
-                each = []
+                continue
             except (ValueError, TypeError) as error:
-                reason = str(error) or "prompt must be text, responses a list of texts, scores a number each"
-                raise InputError(f"--ranked_dataset {args.ranked_dataset}, row {number}: {reason}") from error
-            pairs += each
-            human += [scores] * bool(each)
+                raise InputError(f"--ranked_dataset {args.ranked_dataset}, row {number}: {error}") from error
         process.print(f"--ranked_dataset: {len(human)} of {len(rows)} prompts have more than two responses, all usable")
         return pairs, human
 
@@ -1240,16 +1225,13 @@ def load_tokenizer(path: str, trust_remote_code: bool):
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     if tokenizer.pad_token is None or tokenizer.pad_token in taken:
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        free = [token for token in special if token not in taken | {tokenizer.unk_token}]
-        free = [token for token in free if token not in str(tokenizer.chat_template or "")]
-        unknown = [tokenizer.unk_token] if tokenizer.unk_token and tokenizer.unk_token not in taken else []
-        candidates = [token for token in free if "pad" in token.lower()] + unknown + free
-        if not candidates:
+        free = [token for token in special if token not in taken and token not in str(tokenizer.chat_template or "")]
+        if not free:
             raise InputError(
                 f"{path}: its tokenizer has no padding token that differs from EOS, and no unused special token to "
                 "lend: set `pad_token` in its tokenizer_config.json to a token that texts never contain"
             )
-        tokenizer.pad_token = candidates[0]
+        tokenizer.pad_token = min(free, key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
     return tokenizer
 
 
@@ -1379,22 +1361,20 @@ def loading(what: str, path: str):
     folder = Path(path)
     try:
         yield
-        return
     except InputError:
         raise
-    except Exception as caught:
-        error = caught
-    if folder.is_dir() and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
-        reason = "only pickled weights, which can run code when loaded: convert them to safetensors first"
-    elif folder.is_dir() and not (folder / "config.json").exists() and (folder / "model").is_dir():
-        reason = f"it is the folder of a run: pass {folder / 'model'}"
-    elif "trust_remote_code" in str(error):
-        reason = "it needs code of its own: read that code, then pass --trust_remote_code"
-    elif folder.exists():
-        reason = said(error) + "; delete it to go on from the one before" * (what == "checkpoint")
-    else:
-        reason = f"there is no such folder, nor could the Hub give it; download it and pass that ({said(error)})"
-    raise InputError(f"cannot load the {what} {path}: {reason}") from error
+    except Exception as error:
+        if list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
+            reason = "only pickled weights, which can run code when loaded: convert them to safetensors first"
+        elif (folder / "model").is_dir() and not (folder / "config.json").exists():
+            reason = f"it is the folder of a run: pass {folder / 'model'}"
+        elif "trust_remote_code" in str(error):
+            reason = "it needs code of its own: read that code, then pass --trust_remote_code"
+        elif folder.exists():
+            reason = said(error) + "; delete it to go on from the one before" * (what == "checkpoint")
+        else:
+            reason = f"there is no such folder, nor could the Hub give it; download it and pass that ({said(error)})"
+        raise InputError(f"cannot load the {what} {path}: {reason}") from error
 
 
 class TargetLogps(torch.autograd.Function):
