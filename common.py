@@ -223,9 +223,7 @@ def find_ranks() -> None:
     ):
         if "RANK" not in env and int(env.get(size, 1)) > 1:
             theirs = [env.get(rank), env[size], env.get(local_rank), *["127.0.0.1", "29500"] * one_machine]
-            for name, value in zip(names, theirs):
-                if value is not None:
-                    env.setdefault(name, value)
+            env |= {name: value for name, value in zip(names, theirs) if value is not None and name not in env}
     if int(env.get("WORLD_SIZE", 1)) == 1:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
     elif missing := [name for name in names if name not in env]:
@@ -1546,11 +1544,10 @@ def optimizer_step(step: int, losses: list[torch.Tensor], *engines) -> list[floa
 @contextlib.contextmanager
 def unsharded(engine):
     """Inside, every rank has all weights, gathered once: ranks may then generate for different numbers of steps."""
-    optimizer = getattr(engine, "optimizer", None)
     if not isinstance(engine, deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() < 3:
         yield
         return
-    sharding = getattr(optimizer, "parameter_offload", optimizer)
+    sharding = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         sharding._remove_module_hooks()  # they would shard each layer again behind its forward pass
         sharding.forward_hooks.clear()
@@ -1636,20 +1633,15 @@ def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, process, 
                 batches.append([])
             batches[-1].append(row)
         for rows in batches:
-            inputs = tokenizer.pad(
-                {"input_ids": [prompts[row] for row in rows]}, padding_side="left", return_tensors="pt"
-            ).to(process.device)
-            width = inputs.input_ids.shape[1]
-            length = max(rooms[row] for row in rows)
+            ids = {"input_ids": [prompts[row] for row in rows]}
+            inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(process.device)
+            width, length = inputs.input_ids.shape[1], max(rooms[row] for row in rows)
             points = torch.tensor(np.stack([np.random.default_rng(seeds[row]).random(length) for row in rows]))
-            sampling = Sampling(points.to(process.device), width, temperature, never)
-            output = model.generate(
-                **inputs, logits_processor=transformers.LogitsProcessorList([sampling]),
-                generation_config=transformers.GenerationConfig(
-                    do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=length,
-                    eos_token_id=eos, pad_token_id=tokenizer.pad_token_id,
-                ),
-            )  # R T + L
+            sampling = [Sampling(points.to(process.device), width, temperature, never)]
+            settings = transformers.GenerationConfig(
+                max_new_tokens=length, do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
+            )
+            output = model.generate(**inputs, logits_processor=sampling, generation_config=settings)  # R T + L
             for row, answer in zip(rows, output[:, width:].tolist()):
                 end = answer.index(eos) + 1 if eos in answer else len(answer)
                 answers[row] = answer[: min(end, rooms[row])]

@@ -233,22 +233,15 @@ def engine_args(args: Args, which: str) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | own)
 
 
-def policy_logps(policy, inputs: dict, args: Args, never=()) -> torch.Tensor:
-    """log π of each response token, (N,), under the distribution that is sampled, which has no tokens `never`."""
-    return common.token_logps(policy, temperature=args.temperature, never=never, **inputs)
-
-
-def critic_values(critic, inputs: dict) -> torch.Tensor:
+def critic_values(critic, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The critic's value before each response token, (N,)."""
-    keep = inputs["labels"] != common.NO_LABEL  # R T
-    return critic(input_ids=inputs["input_ids"], logits_to_keep=keep).logits
+    return critic(input_ids=input_ids, logits_to_keep=labels != common.NO_LABEL).logits
 
 
-def last_scores(scorer, inputs: dict) -> torch.Tensor:
+def last_scores(scorer, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The reward model's score at the last token of each row, never at padding: (R,)."""
-    before_last = inputs["labels"] != common.NO_LABEL  # R T
-    keep = before_last.roll(1, 1) & ~before_last  # R T
-    return scorer(input_ids=inputs["input_ids"], logits_to_keep=keep).logits
+    before_last = labels != common.NO_LABEL  # R T
+    return scorer(input_ids=input_ids, logits_to_keep=before_last.roll(1, 1) & ~before_last).logits
 
 
 def sample(engine, model, tokenizer, prompts: list[list[int]], seeds: list, args: Args, process) -> Rollout:
@@ -265,12 +258,12 @@ def sample(engine, model, tokenizer, prompts: list[list[int]], seeds: list, args
 
 @torch.no_grad()
 def per_token(module, forward, rollout: Rollout, args: Args, collator, process: common.Process) -> torch.Tensor:
-    """forward(module, inputs), (N,), for all response tokens: (P, L)."""
+    """forward(module, **inputs), (N,), for all response tokens: (P, L)."""
     module.eval()
     result = torch.zeros(rollout.is_response.shape, device=process.device)  # P L
     for rows, inputs in micro_batches(rollout, range(len(result)), args, collator, process):
         part = torch.zeros_like(result[rows])  # R L
-        part[rollout.is_response[rows]] = forward(module, inputs)
+        part[rollout.is_response[rows]] = forward(module, **inputs)
         result[rows] = part
     module.train()
     return result
@@ -281,7 +274,7 @@ def score(scorer, rollout: Rollout, args: Args, collator, process: common.Proces
     """A reward model's scores of all responses, (P,)."""
     result = torch.zeros(len(rollout.responses), device=process.device)
     for rows, inputs in micro_batches(rollout, range(len(result)), args, collator, process):
-        result[rows] = last_scores(scorer, inputs)
+        result[rows] = last_scores(scorer, **inputs)
     finite = result.isfinite().all().float()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:
@@ -289,14 +282,15 @@ def score(scorer, rollout: Rollout, args: Args, collator, process: common.Proces
     return result
 
 
-def evaluate(policy, model, reference, scorer, judge, prompts, args, tokenizer, collator, process) -> list[dict]:
+def evaluate(
+    policy, model, reference, scorer, judge, prompts, log_policy, args, tokenizer, collator, process
+) -> list[dict]:
     """For each held-out prompt an answer and what it is worth, on every rank."""
     mine = [i % len(prompts) for i in range(process.rank, len(prompts) + process.world_size - 1, process.world_size)]
     mine = mine[: math.ceil(len(prompts) / process.world_size)]  # each rank as many: some prompts may come twice
     seeds = [[args.seed, row] for row in mine]
     rollout = sample(policy, model, tokenizer, prompts["prompt_ids"][mine], seeds, args, process)
-    of_policy = functools.partial(policy_logps, args=args, never=common.unnamed_tokens(model, tokenizer, process))
-    logps, ref_logps = (per_token(m, of_policy, rollout, args, collator, process) for m in (policy, reference))  # P L
+    logps, ref_logps = (per_token(m, log_policy, rollout, args, collator, process) for m in (policy, reference))  # P L
     kl = torch.where(rollout.is_response, logps - ref_logps, 0.0).sum(1)  # P
     scores = score(scorer, rollout, args, collator, process)  # P
     judged = score(judge, rollout, args, collator, process) if judge else scores  # P
@@ -398,7 +392,8 @@ def main(args: Args) -> None:
     judge = scorer_of("--judge_model", args.judge_model) if args.judge_model else None
     judge = judge and frozen(judge, critic_args, critic_config)
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
-    of_policy = functools.partial(policy_logps, args=args, never=common.unnamed_tokens(model, tokenizer, process))
+    never = common.unnamed_tokens(model, tokenizer, process)
+    log_policy = functools.partial(common.token_logps, temperature=args.temperature, never=never)  # what is sampled
     output_dir = common.open_output(args, process, OUTPUTS)
     metrics = common.Metrics(output_dir, process, args, total_steps, shown=("score_mean", "kl"))
     rows, engines = (train_prompts, eval_prompts), dict(policy=policy, critic=critic)
@@ -410,7 +405,7 @@ def main(args: Args) -> None:
             return []
         with metrics.paused():
             models = (policy, model, reference, scorer, judge)
-            lines = evaluate(*models, eval_prompts, args, tokenizer, collator, process)
+            lines = evaluate(*models, eval_prompts, log_policy, args, tokenizer, collator, process)
         metrics.write(step, "eval", eval_metrics(lines, first or lines, judge is not None))
         return lines
 
@@ -432,8 +427,8 @@ def main(args: Args) -> None:
 
             # 2 score the responses with the four models
             # Decoding rounds differently: both log-probabilities are from a pass like that of training.
-            rollout.logps = per_token(policy, of_policy, rollout, args, collator, process)  # P L
-            rollout.ref_logps = per_token(reference, of_policy, rollout, args, collator, process)  # P L
+            rollout.logps = per_token(policy, log_policy, rollout, args, collator, process)  # P L
+            rollout.ref_logps = per_token(reference, log_policy, rollout, args, collator, process)  # P L
             rollout.values = per_token(critic, critic_values, rollout, args, collator, process)  # P L
             rollout.scores = score(scorer, rollout, args, collator, process)  # P
             clock.append(time.perf_counter())
@@ -465,10 +460,10 @@ def main(args: Args) -> None:
                             tensor[part][is_response[part]]
                             for tensor in (rollout.logps, advantages, rollout.values, returns)
                         )  # each N
-                        logps = of_policy(policy, inputs)  # N
+                        logps = log_policy(policy, **inputs)  # N
                         policy_loss, ratio, policy_clipped = policy_losses(logps, old_logps, advantage, args.cliprange)
                         policy.backward(policy_loss.sum() * weight)  # frees its activations before the critic's
-                        values = critic_values(critic, inputs)  # N
+                        values = critic_values(critic, **inputs)  # N
                         value_loss, value_clipped = value_losses(values, old_values, target, args.cliprange_value)
                         critic.backward(value_loss.sum() * weight)
                         losses.append(torch.stack([policy_loss.detach().sum(), value_loss.detach().sum()]))

@@ -137,14 +137,11 @@ def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype
 def collate_tokens(batch: dict[str, list], pad_token_id: int, device) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """For --loss_on token: inputs for 2 B padded rows, of which no token sees padding; where the loss is (B, T), from
     the first token that differs to the end of the longer response; and the last token of each row (2 B,)."""
-    rows = [torch.tensor(ids) for both in zip(batch["chosen_ids"], batch["rejected_ids"]) for ids in both]
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, True, pad_token_id).to(device)  # 2B T
-    at = torch.arange(input_ids.shape[1], device=device)
-    first = torch.tensor(batch["prefix"], device=device)
-    where = (at >= first[:, None]) & (at < lengths.view(-1, 2).amax(1)[:, None])  # B T
-    inputs = {"input_ids": input_ids, "attention_mask": (at < lengths[:, None]).long()}
-    return inputs | {"logits_to_keep": where.repeat_interleave(2, 0)}, where, lengths - 1
+    inputs, _, branch, _ = common.collate_pairs(batch, pad_token_id, False, None, device)
+    is_text, at = branch >= 0, torch.arange(branch.shape[1], device=device)  # 2B T, T
+    where = (at >= torch.tensor(batch["prefix"], device=device)[:, None]) & (is_text[0::2] | is_text[1::2])  # B T
+    inputs |= {"attention_mask": is_text.long(), "logits_to_keep": where.repeat_interleave(2, 0)}
+    return inputs, where, is_text.sum(1) - 1
 
 
 def token_margins(scores: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

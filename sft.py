@@ -70,9 +70,7 @@ class Args:
 
 
 # The paper's settings; the embedded task's are the defaults above.
-PAPER = dict(
-    weight_decay=0.0, epochs=3, micro_batch_size=4, zero_stage=2, dtype="bf16", gradient_checkpointing=True,
-)
+PAPER = dict(weight_decay=0.0, epochs=3, micro_batch_size=4, zero_stage=2, dtype="bf16", gradient_checkpointing=True)
 ALPACA = "hf://datasets/tatsu-lab/alpaca_farm@refs/convert/parquet/alpaca_instructions"
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
 TASKS = {
