@@ -39,8 +39,7 @@ from priors import (
 class Args:
     """Train a policy on preference pairs with a prior constraint on its margins.
 
-    A flag given on the command line always wins over what --task and --constraint set; the defaults shown here are
-    those of the --task and --constraint on this command line.
+    A flag on the command line wins over what --task and --constraint set; the defaults shown are what they set there.
     """
 
     task: Literal["toy", "alpaca"] = "toy"  # Sets data and hyperparameters: the embedded task, or the paper's dialogue.
@@ -231,9 +230,7 @@ def evaluate(engine, pairs, similarity, ref_logps, ranked, args: Args, collator,
     chosen_reward, rejected_reward = args.kl_beta * (chosen - ref_logps[0]), args.kl_beta * (rejected - ref_logps[1])
     margin, bound = chosen_reward - rejected_reward, pair_bounds(similarity, args)  # n, n
     rank_loss = ranking_loss(margin, args.label_smoothing)
-    constraint_loss = 0 * margin
-    if args.constraint != "none":
-        constraint_loss = ranking_loss(bound - margin, args.label_smoothing)
+    constraint_loss = ranking_loss(bound - margin, args.label_smoothing) if args.constraint != "none" else 0 * margin
     metrics = pair_metrics(chosen, rejected, *ref_logps, bound, rank_loss, constraint_loss, args.kl_beta)
     rows, human, ranked_ref_logps = ranked
     own = (common.over_rows(engine, logps, rows, args, process).T - ranked_ref_logps)[0].tolist() if human else []

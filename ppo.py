@@ -40,8 +40,7 @@ import torch.distributed as dist
 class Args:
     """Train a policy by PPO against a reward model.
 
-    A flag given on the command line always wins over what --task sets; the defaults shown here are those of the --task
-    on this command line.
+    A flag on the command line wins over what --task sets; the defaults shown are what it sets there.
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"
@@ -374,23 +373,19 @@ def main(args: Args) -> None:
     def language_model():
         return common.load_language_model("--policy_model", args.policy_model, policy_args, tokenizer, policy_config)
 
-    def scorer_of(flag: str, path: str):
-        return common.load_reward_model(flag, path, critic_args, tokenizer, critic_config)
-
-    def frozen(module, module_args, config):
-        engine = common.make_engine(module, module_args, config, 0, process)
-        common.check_model(engine, module, module_args, process)
+    def reward_model(flag: str, path: str, steps: int):
+        module = common.load_reward_model(flag, path, critic_args, tokenizer, critic_config)
+        engine = common.make_engine(module, critic_args, critic_config, steps, process)
+        common.check_model(engine, module, critic_args, process)
         return engine
 
     model = language_model()
     policy = common.make_engine(model, policy_args, policy_config, updates, process)
     common.check_model(policy, model, policy_args, process)
-    reference = frozen(language_model(), policy_args, policy_config)
-    critic = scorer_of("--reward_model", args.reward_model) if updates else None
-    critic = critic and common.make_engine(critic, critic_args, critic_config, updates, process)
-    scorer = frozen(scorer_of("--reward_model", args.reward_model), critic_args, critic_config)
-    judge = scorer_of("--judge_model", args.judge_model) if args.judge_model else None
-    judge = judge and frozen(judge, critic_args, critic_config)
+    reference = common.make_engine(language_model(), policy_args, policy_config, 0, process)
+    critic = reward_model("--reward_model", args.reward_model, updates) if updates else None
+    scorer = reward_model("--reward_model", args.reward_model, 0)
+    judge = reward_model("--judge_model", args.judge_model, 0) if args.judge_model else None
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
     never = common.unnamed_tokens(model, tokenizer, process)
     log_policy = functools.partial(common.token_logps, temperature=args.temperature, never=never)  # what is sampled

@@ -40,8 +40,7 @@ from priors import (
 class Args:
     """Train a reward model with a prior constraint on its margins.
 
-    A flag given on the command line always wins over what --task and --constraint set; the defaults shown here are
-    those of the --task and --constraint on this command line.
+    A flag on the command line wins over what --task and --constraint set; the defaults shown are what they set there.
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"
@@ -230,9 +229,7 @@ def evaluate(engine, pairs, similarity, ranked, args: Args, collator, process) -
     chosen, rejected = common.over_rows(engine, scores, pairs, args, process).T  # n, n
     margin, bound = chosen - rejected, pair_bounds(similarity, args)  # n, n
     rank_loss = ranking_loss(margin)
-    constraint_loss = 0 * margin
-    if args.constraint != "none":
-        constraint_loss = ranking_loss(bound - margin)
+    constraint_loss = ranking_loss(bound - margin) if args.constraint != "none" else 0 * margin
     metrics = pair_metrics(chosen, rejected, bound, rank_loss, constraint_loss)
     rows, human = ranked
     own = common.over_rows(engine, scores, rows, args, process)[:, 0].tolist() if human else []

@@ -29,8 +29,7 @@ import torch
 class Args:
     """Fine-tune a language model on demonstrations.
 
-    A flag given on the command line always wins over what --task sets; the defaults shown here are those of the --task
-    on this command line.
+    A flag on the command line wins over what --task sets; the defaults shown are what it sets there.
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"
