@@ -84,8 +84,10 @@ class Unusable(Exception):
 
 def said(error: BaseException) -> str:
     """What an exception says, in one short line; of a chain the innermost, which has the reason."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, InputError):
         error = error.__cause__
+    if isinstance(error, InputError):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -176,7 +178,7 @@ def run(main, args_class, preset) -> None:
         status, together, rank = 1, False, int(os.environ.get("RANK", 0))
         if isinstance(error, InputError) or isinstance(error, OSError) and error.errno in full:
             time.sleep(10 * (rank > 0))  # rank 0 says what all ranks found, and the launcher ends this one
-            message = f"error: {error if isinstance(error, InputError) else said(error)}"
+            message = f"error: {said(error)}"
         elif re.search(r"(?i)closed by peer|reset by peer|broken pipe|gloo|nccl", str(error)):
             time.sleep(20)  # the rank that failed says why
             message = f"error: rank {rank} has lost another rank, whose message, if it left one, stands above"
@@ -283,7 +285,7 @@ def on_rank_0(process: Process, function, each_machine: bool = False):
         try:
             result = function()
         except Exception as caught:  # whatever it is, the other ranks must not wait for ever
-            error, message = caught, str(caught) if isinstance(caught, InputError) else said(caught)
+            error, message = caught, said(caught)
     everyone = gather_objects((result, message))
     if error is not None and not isinstance(error, InputError | OSError):
         raise error
@@ -638,11 +640,10 @@ def reading(flag: str, name: str):
     """Inside, rows are read: an InputError for whatever the libraries raise, which are many kinds."""
     try:
         yield
-    except InputError as error:
-        raise InputError(f"{flag} {name}: {error}") from error
-    except Exception as error:  # an unreachable Hub, a loading script, a broken file
+    except Exception as error:  # ours, an unreachable Hub, a loading script, a broken file
         reason = said(error)
-        if not any(Path(path).exists() for path in (name, name.rpartition(":")[0] or name)):
+        here = any(Path(path).exists() for path in (name, name.rpartition(":")[0] or name))
+        if not here and not isinstance(error, InputError):
             reason += f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
         raise InputError(f"{flag} {name}: {reason}") from error
 

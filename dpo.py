@@ -69,8 +69,7 @@ class Args:
     random_high: float = 5.0  # Upper end of the bounds drawn with --constraint random; alpaca needs it given.
     shuffle_bounds: bool = False  # Deal the bounds of a prior to other pairs: the control that has lost only the prior.
     encoder: str = ""  # Folder or Hub id of the text encoder of cos_sim; empty: the reference's hidden states.
-    encoder_pooling: Literal["cls", "mean"] = "mean"
-    """A text's embedding: the encoder's last hidden state at the first token, or the mean over all tokens."""
+    encoder_pooling: Literal["cls", "mean"] = "mean"  # Of last hidden states: the first token's, or the mean of all.
 
     max_length: int = 256  # Tokens of prompt + response + EOS; longer pairs are dropped, longer answers cut.
     learning_rate: float = 2e-4  # Peak learning rate; cosine to 0.
@@ -79,8 +78,7 @@ class Args:
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Pairs per rank and forward pass, at most; cut to a rank's share of the global batch.
     global_batch_size: int = 32  # Pairs per optimizer step, over all ranks and accumulated micro batches.
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.

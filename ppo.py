@@ -43,8 +43,7 @@ class Args:
     A flag on the command line wins over what --task sets; the defaults shown are what it sets there.
     """
 
-    task: Literal["toy", "alpaca", "tldr"] = "toy"
-    """Sets prompts, lengths and every hyperparameter: the embedded task, or the paper's dialogue or summarization."""
+    task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
     policy_model: str = ""  # Folder or Hub id of the SFT model: where the policy starts, and the frozen reference.
     reward_model: str = ""  # Folder or Hub id, with the same tokenizer: frozen, and where the critic starts.
     judge_model: str = ""  # A second reward model for evaluation: its score, and the win rate against the SFT answers.
@@ -285,8 +284,8 @@ def evaluate(
     policy, model, reference, scorer, judge, prompts, log_policy, args, tokenizer, collator, process
 ) -> list[dict]:
     """For each held-out prompt an answer and what it is worth, on every rank."""
-    mine = [i % len(prompts) for i in range(process.rank, len(prompts) + process.world_size - 1, process.world_size)]
-    mine = mine[: math.ceil(len(prompts) / process.world_size)]  # each rank as many: some prompts may come twice
+    padded = math.ceil(len(prompts) / process.world_size) * process.world_size  # each rank as many: some come twice
+    mine = [i % len(prompts) for i in range(process.rank, padded, process.world_size)]
     seeds = [[args.seed, row] for row in mine]
     rollout = sample(policy, model, tokenizer, prompts["prompt_ids"][mine], seeds, args, process)
     logps, ref_logps = (per_token(m, log_policy, rollout, args, collator, process) for m in (policy, reference))  # P L
@@ -294,15 +293,14 @@ def evaluate(
     scores = score(scorer, rollout, args, collator, process)  # P
     judged = score(judge, rollout, args, collator, process) if judge else scores  # P
     columns = zip(mine, rollout.responses, rollout.ended.tolist(), scores.tolist(), judged.tolist(), kl.tolist())
-    lines = {
-        row: dict(
+    lines = [
+        dict(
             prompt=prompts[row]["prompt"], answer=tokenizer.decode(response, skip_special_tokens=True),
             response_tokens=len(response), ended=ended, score=own_score, judge=judge_score, kl=own_kl,
         )
         for row, response, ended, own_score, judge_score, own_kl in columns
-    }
-    merged = {row: line for part in common.gather_objects(lines) for row, line in part.items()}
-    return [merged[row] for row in range(len(prompts))]
+    ]
+    return common.interleaved(lines)[: len(prompts)]
 
 
 def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str, float | None]:

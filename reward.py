@@ -43,8 +43,7 @@ class Args:
     A flag on the command line wins over what --task and --constraint set; the defaults shown are what they set there.
     """
 
-    task: Literal["toy", "alpaca", "tldr"] = "toy"
-    """Sets data, lengths and every hyperparameter: the embedded task, or the paper's dialogue or summarization."""
+    task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
     constraint: Literal["none", "len_rat", "cos_sim", "given", "random", "fixed"] = "none"
     """What bounds a margin: nothing; length ratio, cosine similarity or the data's own; a control without a prior."""
     model: str = ""
@@ -66,8 +65,7 @@ class Args:
     random_high: float = 5.0  # Upper end of the bounds drawn with --constraint random.
     shuffle_bounds: bool = False  # Deal the bounds of a prior to other pairs: the control that has lost only the prior.
     encoder: str = ""  # Folder or Hub id of the text encoder of cos_sim; empty: the starting model's hidden states.
-    encoder_pooling: Literal["cls", "mean"] = "mean"
-    """A text's embedding: the encoder's last hidden state at the first token, or the mean over all tokens."""
+    encoder_pooling: Literal["cls", "mean"] = "mean"  # Of last hidden states: the first token's, or the mean of all.
 
     loss_on: Literal["last", "token"] = "last"
     """Where L is: at the last token; or, as in the authors' code, its mean over all from the first that differs on."""
@@ -78,8 +76,7 @@ class Args:
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Pairs per rank and forward pass, at most; cut to a rank's share of the global batch.
     global_batch_size: int = 32  # Pairs per optimizer step, over all ranks and accumulated micro batches.
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.

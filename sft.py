@@ -32,8 +32,7 @@ class Args:
     A flag on the command line wins over what --task sets; the defaults shown are what it sets there.
     """
 
-    task: Literal["toy", "alpaca", "tldr"] = "toy"
-    """Sets data, lengths and every hyperparameter: the embedded task, or the paper's dialogue or summarization."""
+    task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
     model: str = ""  # Folder or Hub id of the starting model, a causal LM; toy: built when needed, with random weights.
     dataset: str = str(common.DATA / "sft_train.jsonl")
     """Rows to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
@@ -52,8 +51,7 @@ class Args:
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Rows per rank and forward pass, at most; cut to a rank's share of the global batch.
     global_batch_size: int = 32  # Rows per optimizer step, over all ranks and accumulated micro batches.
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
