@@ -482,7 +482,7 @@ def check_output(args, folder: Path, outputs: tuple[str, ...], resolved: bool = 
             if given and name not in FREE_FLAGS and theirs[name] != value:
                 raise InputError(f"--resume: --{name} is {value}, but {theirs[name]} in the run in {folder}")
         if finished:
-            print(f"{folder} holds this run, finished" if os.environ.get("RANK", "0") == "0" else "", end="\n")
+            print(f"{folder} holds this run, finished" if os.environ.get("RANK", "0") == "0" else "")
             sys.exit(0)
     elif finished and not args.overwrite:
         raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
