@@ -838,9 +838,8 @@ def beginning(tokenizer) -> list[int]:
 
 
 def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, needs_prompt: bool = False) -> dict:
-    """The columns of a pair: texts, tokens, and how many of them the two sequences begin with alike (prefix).
-
-    given: also the row's own similarity.
+    """The columns of a pair: texts, tokens, how many of them the two sequences begin with alike (prefix), and how many
+    follow in each. given: also the row's own similarity.
     """
     prompt, chosen, rejected = preference_of(row, tokenizer)
     prompt_ids, chosen_ids, rejected_ids = tokenize(tokenizer, prompt, chosen, rejected)
@@ -856,7 +855,7 @@ def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, need
     columns = dict(
         prompt=prompt, chosen=chosen, rejected=rejected, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
         prompt_ids=prompt_ids, prefix=prefix, row_length=len(chosen_ids) + len(rejected_ids) - prefix,
-        chosen_length=len(chosen_ids), rejected_length=len(rejected_ids),
+        chosen_length=len(chosen_ids) - prefix, rejected_length=len(rejected_ids) - prefix,
     )
     if given:
         with contextlib.suppress(TypeError, ValueError):

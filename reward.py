@@ -166,9 +166,7 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     if args.constraint == "given":
         return torch.tensor(pairs["similarity"][:])
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
-        columns = ("chosen_length", "rejected_length", "prefix")
-        chosen, rejected, prefix = (torch.tensor(pairs[name][:]) for name in columns)  # each n
-        return length_ratio(chosen - prefix, rejected - prefix)
+        return length_ratio(*(torch.tensor(pairs[f"{side}_length"][:]) for side in ("chosen", "rejected")))
     columns = (pairs[name][:] for name in ("prompt", "chosen", "rejected"))
     texts = [[prompt + response for response in both] for prompt, *both in zip(*columns)]
 
