@@ -507,11 +507,11 @@ class Checkpoints:
     script wants back) are those of the checkpoint that this run goes on from; without one 0 and empty.
     """
 
-    def __init__(self, folder: Path, metrics, args, process: Process, total_steps: int, rows, **engines):
+    def __init__(self, folder: Path, metrics, args, process: Process, rows, **engines):
         self.folder, self.metrics, self.args, self.process, self.rows = folder, metrics, args, process, rows
-        self.engines, self.total_steps, self.step, self.state = engines, total_steps, 0, {}
+        self.engines, self.step, self.state = engines, 0, {}
         self.failures, self.signal, self.since = [], 0, math.inf
-        if not total_steps:
+        if not metrics.total_steps:
             return
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
@@ -542,7 +542,7 @@ class Checkpoints:
     def rest_of(self, epoch: int, batches: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(step, batch) of the epoch's batches that are still to be trained on."""
         steps = enumerate(batches, epoch * len(batches) + 1)
-        return [(step, batch) for step, batch in steps if self.step < step <= self.total_steps]
+        return [(step, batch) for step, batch in steps if self.step < step <= self.metrics.total_steps]
 
     def on_signal(self, number: int, frame) -> None:
         if time.monotonic() > self.since + 2:  # before, it is the launcher that passes the first one on

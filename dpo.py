@@ -288,8 +288,7 @@ def main(args: Args) -> None:
     output_dir = common.open_output(args, process, OUTPUTS)
     shown = ("loss", "accuracy", "margin_mean", "margin_max", "kl")
     metrics = common.Metrics(output_dir, process, args, total_steps, shown)
-    pairs = (train_pairs, eval_pairs)
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, total_steps, pairs, engine=engine)
+    checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_pairs, eval_pairs), engine=engine)
     process.print(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> list[dict]:

@@ -389,8 +389,8 @@ def main(args: Args) -> None:
     log_policy = functools.partial(common.token_logps, temperature=args.temperature, never=never)  # what is sampled
     output_dir = common.open_output(args, process, OUTPUTS)
     metrics = common.Metrics(output_dir, process, args, total_steps, shown=("score_mean", "kl"))
-    rows, engines = (train_prompts, eval_prompts), dict(policy=policy, critic=critic)
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, total_steps, rows, **engines)
+    rows = (train_prompts, eval_prompts)
+    checkpoints = common.Checkpoints(output_dir, metrics, args, process, rows, policy=policy, critic=critic)
     process.print(f"{total_steps} steps on {len(train_prompts)} prompts, {len(eval_prompts)} held out -> {output_dir}")
 
     def evaluate_now(step: int, first: list[dict] | None) -> list[dict]:

@@ -157,8 +157,7 @@ def main(args: Args) -> None:
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
     output_dir = common.open_output(args, process, OUTPUTS)
     metrics = common.Metrics(output_dir, process, args, total_steps, ("loss", "perplexity"), derived=perplexity)
-    rows = (train_rows, eval_rows)
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, total_steps, rows, engine=engine)
+    checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_rows, eval_rows), engine=engine)
     process.print(f"{total_steps} steps on {len(train_rows)} rows, {len(eval_rows)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> None:
