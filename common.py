@@ -316,14 +316,13 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def accumulation_steps(args, process: Process) -> int:
-    """Micro batches per optimizer step. A micro batch is cut down to a rank's share of the global batch."""
-    share, rest = divmod(args.global_batch_size, process.world_size)
+    """Micro batches per optimizer step. A micro batch is cut down to a rank's share of that step's batch."""
+    share, rest = divmod(args.global_batch_size, process.world_size * getattr(args, "minibatches", 1))
     args.micro_batch_size = min(args.micro_batch_size, share)
     if rest or args.micro_batch_size < 1 or share % args.micro_batch_size:
-        raise InputError(
-            f"--global_batch_size {args.global_batch_size} is not a multiple of {process.world_size} ranks x "
-            f"--micro_batch_size {args.micro_batch_size}: change one of them"
-        )
+        names = [name for name in ("minibatches", "micro_batch_size") if hasattr(args, name)]
+        parts = " x ".join([f"{process.world_size} ranks", *[f"--{name} {getattr(args, name)}" for name in names]])
+        raise InputError(f"--global_batch_size {args.global_batch_size} is not a multiple of {parts}: change one")
     return share // args.micro_batch_size
 
 
@@ -1006,13 +1005,10 @@ def pair_correlations(margin: torch.Tensor, similarity: torch.Tensor, pairs) -> 
 
 def total_steps(args, rows: int) -> int:
     """Optimizer steps of the run; InputError where the rows do not fill one."""
-    per_epoch = rows // args.global_batch_size
-    if args.epochs and not per_epoch:
-        raise InputError(
-            f"{rows} rows, without the held-out ones, do not fill a --global_batch_size of {args.global_batch_size}: "
-            "pass a smaller one"
-        )
-    return min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
+    size = args.global_batch_size
+    if args.epochs and rows < size:
+        raise InputError(f"{rows} rows, without the held-out ones, do not fill a --global_batch_size {size}: lower it")
+    return min(args.epochs * (rows // size), args.max_steps or sys.maxsize)
 
 
 def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

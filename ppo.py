@@ -223,12 +223,8 @@ def micro_batches(rollout: Rollout, rows, args: Args, collator, process: common.
 
 def engine_args(args: Args, which: str) -> argparse.Namespace:
     """The flags as common.py reads them, with the ZeRO stage and the learning rate of the policy or the critic."""
-    own = dict(
-        zero_stage=getattr(args, f"{which}_zero_stage"), learning_rate=getattr(args, f"{which}_learning_rate"),
-        global_batch_size=args.global_batch_size // args.minibatches, model=args.policy_model,
-        max_length=args.max_prompt_length + args.max_new_tokens,
-    )
-    return argparse.Namespace(**vars(args) | own)
+    own = {name: getattr(args, f"{which}_{name}") for name in ("zero_stage", "learning_rate")}
+    return argparse.Namespace(**vars(args) | own, max_length=args.max_prompt_length + args.max_new_tokens)
 
 
 def critic_values(critic, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -347,11 +343,6 @@ def main(args: Args) -> None:
             "runs/reward/model"
         )
     process = common.start(args.seed)
-    if args.global_batch_size % (args.minibatches * process.world_size):
-        raise common.InputError(
-            f"--global_batch_size {args.global_batch_size} is not a multiple of {process.world_size} ranks x "
-            f"--minibatches {args.minibatches}: change one of them"
-        )
     policy_args, critic_args = engine_args(args, "policy"), engine_args(args, "critic")
     accumulation = common.accumulation_steps(policy_args, process)
     args.micro_batch_size = critic_args.micro_batch_size = policy_args.micro_batch_size
