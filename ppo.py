@@ -256,9 +256,8 @@ def per_token(module, forward, rollout: Rollout, args: Args, collator, process: 
     module.eval()
     result = torch.zeros(rollout.is_response.shape, device=process.device)  # P L
     for rows, inputs in micro_batches(rollout, range(len(result)), args, collator, process):
-        part = torch.zeros_like(result[rows])  # R L
-        part[rollout.is_response[rows]] = forward(module, **inputs)
-        result[rows] = part
+        values, where = forward(module, **inputs), rollout.is_response[rows]  # N, R L
+        result[rows] = torch.zeros_like(result[rows]).masked_scatter(where, values)
     module.train()
     return result
 
@@ -288,14 +287,10 @@ def evaluate(
     kl = torch.where(rollout.is_response, logps - ref_logps, 0.0).sum(1)  # P
     scores = score(scorer, rollout, args, collator, process)  # P
     judged = score(judge, rollout, args, collator, process) if judge else scores  # P
-    columns = zip(mine, rollout.responses, rollout.ended.tolist(), scores.tolist(), judged.tolist(), kl.tolist())
-    lines = [
-        dict(
-            prompt=prompts[row]["prompt"], answer=tokenizer.decode(response, skip_special_tokens=True),
-            response_tokens=len(response), ended=ended, score=own_score, judge=judge_score, kl=own_kl,
-        )
-        for row, response, ended, own_score, judge_score, own_kl in columns
-    ]
+    numbers = dict(response_tokens=rollout.is_response.sum(1), ended=rollout.ended, score=scores, judge=judged, kl=kl)
+    texts = zip(prompts["prompt"][mine], tokenizer.batch_decode(rollout.responses, skip_special_tokens=True))
+    values = zip(*(column.tolist() for column in numbers.values()))
+    lines = [dict(prompt=p, answer=a, **dict(zip(numbers, own))) for (p, a), own in zip(texts, values)]
     return common.interleaved(lines)[: len(prompts)]
 
 
