@@ -281,7 +281,7 @@ def main(args: Args) -> None:
         reference = common.make_engine(reference, args, config, 0, process)
     known = [rows for rows in (eval_pairs, ranked[0], [] if args.live_reference else train_pairs) if rows]
     known = [reference_logps(reference, rows, args, collator, process) for rows in known]  # each 2 n
-    eval_ref_logps, ranked = known.pop(0), (*ranked, known.pop(0) if ranked[0] else None)
+    eval_ref, ranked = known.pop(0), (*ranked, known.pop(0) if ranked[0] else None)
     ref_logps = known[0].to(process.device) if known else None  # 2 n
     if not args.live_reference:
         del reference  # its memory is free now
@@ -293,9 +293,7 @@ def main(args: Args) -> None:
 
     def evaluate_now(step: int) -> list[dict]:
         with metrics.paused():
-            values, lines = evaluate(
-                engine, eval_pairs, eval_similarity, eval_ref_logps, ranked, args, collator, process
-            )
+            values, lines = evaluate(engine, eval_pairs, eval_similarity, eval_ref, ranked, args, collator, process)
         metrics.write(step, "eval", values)
         return lines
 
