@@ -433,8 +433,8 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
 
     def make() -> str:
         script, now = Path(sys.modules[type(args).__module__].__file__).stem, datetime.datetime.now()
-        parts = (script, getattr(args, "constraint", ""), f"{now:%Y%m%d-%H%M%S-%f}")  # two may start in one second
-        folder = Path(args.output_dir or f"runs/{'-'.join(filter(None, parts))}")
+        parts = (script, getattr(args, "constraint", ""), f"{now:%Y%m%d-%H%M%S}", f"{now.microsecond:06}")
+        folder = Path(args.output_dir or f"runs/{'-'.join(filter(None, parts))}")  # two may start in one second
         folder.mkdir(parents=True, exist_ok=True)
         try:
             LOCKS.append(filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True))
