@@ -23,7 +23,6 @@ import functools
 import glob
 import hashlib
 import io
-import itertools
 import json
 import math
 import re
@@ -70,8 +69,6 @@ FREE_FLAGS = "resume overwrite output_dir save_every keep log_every eval_every l
 class InputError(Exception):
     """Something that the user can mend. The message says what, where and how, in one line, not too long."""
 
-    status = 1  # of the process
-
     def __init__(self, message):
         message = re.sub(r"\s*\n\s*", " ", str(message))
         super().__init__(message if len(message) < 900 else f"{message[:600]} ... {message[-200:]}")
@@ -87,8 +84,10 @@ class Unusable(Exception):
 
 def said(error: BaseException) -> str:
     """What an exception says, in one short line; of a chain the innermost, which has the reason."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, InputError):
         error = error.__cause__
+    if isinstance(error, InputError):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -179,7 +178,7 @@ def run(main, args_class, preset) -> None:
         status, together, rank = 1, False, int(os.environ.get("RANK", 0))
         if isinstance(error, InputError) or isinstance(error, OSError) and error.errno in full:
             time.sleep(10 * (rank > 0))  # rank 0 says what all ranks found, and the launcher ends this one
-            message = f"error: {error if isinstance(error, InputError) else said(error)}"
+            message = f"error: {said(error)}"
         elif re.search(r"(?i)closed by peer|reset by peer|broken pipe|gloo|nccl", str(error)):
             time.sleep(20)  # the rank that failed says why
             message = f"error: rank {rank} has lost another rank, whose message, if it left one, stands above"
@@ -226,9 +225,7 @@ def find_ranks() -> None:
     ):
         if "RANK" not in env and int(env.get(size, 1)) > 1:
             theirs = [env.get(rank), env[size], env.get(local_rank), *["127.0.0.1", "29500"] * one_machine]
-            for name, value in zip(names, theirs):
-                if value is not None:
-                    env.setdefault(name, value)
+            env |= {name: value for name, value in zip(names, theirs) if value is not None and name not in env}
     if int(env.get("WORLD_SIZE", 1)) == 1:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
     elif missing := [name for name in names if name not in env]:
@@ -288,7 +285,7 @@ def on_rank_0(process: Process, function, each_machine: bool = False):
         try:
             result = function()
         except Exception as caught:  # whatever it is, the other ranks must not wait for ever
-            error, message = caught, str(caught) if isinstance(caught, InputError) else said(caught)
+            error, message = caught, said(caught)
     everyone = gather_objects((result, message))
     if error is not None and not isinstance(error, InputError | OSError):
         raise error
@@ -319,14 +316,13 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def accumulation_steps(args, process: Process) -> int:
-    """Micro batches per optimizer step. A micro batch is cut down to a rank's share of the global batch."""
-    share, rest = divmod(args.global_batch_size, process.world_size)
+    """Micro batches per optimizer step. A micro batch is cut down to a rank's share of that step's batch."""
+    share, rest = divmod(args.global_batch_size, process.world_size * getattr(args, "minibatches", 1))
     args.micro_batch_size = min(args.micro_batch_size, share)
     if rest or args.micro_batch_size < 1 or share % args.micro_batch_size:
-        raise InputError(
-            f"--global_batch_size {args.global_batch_size} is not a multiple of {process.world_size} ranks x "
-            f"--micro_batch_size {args.micro_batch_size}: change one of them"
-        )
+        names = [name for name in ("minibatches", "micro_batch_size") if hasattr(args, name)]
+        parts = " x ".join([f"{process.world_size} ranks", *[f"--{name} {getattr(args, name)}" for name in names]])
+        raise InputError(f"--global_batch_size {args.global_batch_size} is not a multiple of {parts}: change one")
     return share // args.micro_batch_size
 
 
@@ -354,9 +350,8 @@ def cached(kind: str, content, compute, process: Process) -> torch.Tensor:
         return torch.from_numpy(found)
     result = compute()
     if process.rank == 0:
-        with optional(path, "is not kept for the next run"), writing(path) as part:
-            with open(part, "wb") as file:
-                np.save(file, result.numpy())
+        with optional(path, "is not kept for the next run"), writing(path) as part, open(part, "wb") as file:
+            np.save(file, result.numpy())
     return result
 
 
@@ -381,8 +376,6 @@ def optional(path: Path, what: str, faults=OSError):
     """Inside, a cache is read or written: what fails is said, and the run goes on."""
     try:
         yield
-    except InputError:
-        raise
     except faults as error:
         tqdm.write(f"warning: {path} {what}: {said(error)}")
 
@@ -439,24 +432,20 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
     """
 
     def make() -> str:
-        script = Path(sys.modules[type(args).__module__].__file__).stem
-        name = "-".join(filter(None, (script, getattr(args, "constraint", ""), time.strftime("%Y%m%d-%H%M%S"))))
-        for number in itertools.count():  # two runs may start in the same second
-            folder = Path(args.output_dir or f"runs/{name}" + f"-{number}" * (number > 0))
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
-                break
+        script, now = Path(sys.modules[type(args).__module__].__file__).stem, datetime.datetime.now()
+        parts = (script, getattr(args, "constraint", ""), f"{now:%Y%m%d-%H%M%S}", f"{now.microsecond:06}")
+        folder = Path(args.output_dir or f"runs/{'-'.join(filter(None, parts))}")  # two may start in one second
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             LOCKS.append(filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True))
             LOCKS[-1].acquire()
         except filelock.Timeout as error:
             raise InputError(f"--output_dir {folder} is in use by another run: choose another folder") from error
-        found = check_output(args, folder, outputs, resolved=True)
-        for old in [] if args.resume and whole(folder) else found:
-            if old.name != "model" or not args.epochs:  # that stays until the new one is whole
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        for part in [*folder.glob("*.part"), *folder.glob("checkpoints/*.part")]:  # of a run that was killed
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        old = check_output(args, folder, outputs, resolved=True)
+        old = [] if args.resume and whole(folder) else old
+        old = [path for path in old if path.name != "model" or not args.epochs]  # that stays until the new one is whole
+        for path in [*old, *folder.glob("*.part"), *folder.glob("checkpoints/*.part")]:  # of a run that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         args.output_dir = str(folder)
         write_file(folder / "args.json", json.dumps(vars(args), indent=2) + "\n")
         return str(folder)
@@ -492,7 +481,7 @@ def check_output(args, folder: Path, outputs: tuple[str, ...], resolved: bool = 
             if given and name not in FREE_FLAGS and theirs[name] != value:
                 raise InputError(f"--resume: --{name} is {value}, but {theirs[name]} in the run in {folder}")
         if finished:
-            print(f"{folder} holds this run, finished" if os.environ.get("RANK", "0") == "0" else "", end="\n")
+            print(f"{folder} holds this run, finished" if os.environ.get("RANK", "0") == "0" else "")
             sys.exit(0)
     elif finished and not args.overwrite:
         raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
@@ -517,11 +506,11 @@ class Checkpoints:
     script wants back) are those of the checkpoint that this run goes on from; without one 0 and empty.
     """
 
-    def __init__(self, folder: Path, metrics, args, process: Process, total_steps: int, rows, **engines):
+    def __init__(self, folder: Path, metrics, args, process: Process, rows, **engines):
         self.folder, self.metrics, self.args, self.process, self.rows = folder, metrics, args, process, rows
-        self.engines, self.total_steps, self.step, self.state = engines, total_steps, 0, {}
+        self.engines, self.step, self.state = engines, 0, {}
         self.failures, self.signal, self.since = [], 0, math.inf
-        if not total_steps:
+        if not metrics.total_steps:
             return
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
@@ -531,10 +520,9 @@ class Checkpoints:
         if newest:
             with loading("checkpoint", str(newest)):
                 saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
-            for name, now in on_rank_0(process, lambda: self.identity).items():
-                if (then := saved["identity"].get(name)) != now:
-                    raise InputError(f"--resume: {name} is {now}, but was {then} when {newest} was written")
-            with loading("checkpoint", str(newest)):
+                for name, now in on_rank_0(process, lambda: self.identity).items():
+                    if (then := saved["identity"].get(name)) != now:
+                        raise InputError(f"--resume: {name} is {now}, but was {then} when {newest} was written")
                 for tag, engine in engines.items():
                     engine.load_checkpoint(str(newest), tag=tag)
             self.step, self.state = saved["step"], saved["state"]
@@ -553,7 +541,7 @@ class Checkpoints:
     def rest_of(self, epoch: int, batches: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(step, batch) of the epoch's batches that are still to be trained on."""
         steps = enumerate(batches, epoch * len(batches) + 1)
-        return [(step, batch) for step, batch in steps if self.step < step <= self.total_steps]
+        return [(step, batch) for step, batch in steps if self.step < step <= self.metrics.total_steps]
 
     def on_signal(self, number: int, frame) -> None:
         if time.monotonic() > self.since + 2:  # before, it is the launcher that passes the first one on
@@ -619,7 +607,6 @@ def read_rows(flag: str, name: str, split: str):
     only one); in a file it keeps the rows whose column `split` says so. A file without it is used whole. A pattern such
     as part-*.jsonl stands for all files that match, where no file has that very name.
     """
-    where = f"{flag} {name}"
     with reading(flag, name):
         path, wanted, files = find_files(name)
         if files is None:
@@ -635,30 +622,29 @@ def read_rows(flag: str, name: str, split: str):
                     splits = datasets.load_dataset(**{"path": path, **here})
                 chosen = wanted or (list(splits)[0] if len(splits) == 1 else split)
                 if chosen not in splits:
-                    raise InputError(f"{where}: no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
+                    raise InputError(f"no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
                 return splits[chosen].to_list() if here else splits[chosen]
+        if not files:
+            raise InputError("there is no such file")
         rows = [row for file in files for row in read_file(file)]
-    found = {str(row.get("split")) for row in rows} if wanted else ()
-    rows = [row for row in rows if not wanted or row.get("split") == wanted]
-    if not rows:
-        reason = f"no row has split {wanted!r}; there are {sorted(found)}" if found else "no rows"
-        raise InputError(f"{where}: {reason if files else 'there is no such file'}")
-    return rows
+        chosen = [row for row in rows if not wanted or row.get("split") == wanted]
+        if not chosen:
+            found = sorted({str(row.get("split")) for row in rows})
+            raise InputError(f"no row has split {wanted!r}; there are {found}" if found else "no rows")
+        return chosen
 
 
 @contextlib.contextmanager
 def reading(flag: str, name: str):
     """Inside, rows are read: an InputError for whatever the libraries raise, which are many kinds."""
-    where = f"{flag} {name}"
     try:
         yield
-    except InputError as error:
-        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
-    except Exception as error:  # an unreachable Hub, a loading script, a broken file
+    except Exception as error:  # ours, an unreachable Hub, a loading script, a broken file
         reason = said(error)
-        if not any(Path(path).exists() for path in (name, name.rpartition(":")[0] or name)):
+        here = any(Path(path).exists() for path in (name, name.rpartition(":")[0] or name))
+        if not here and not isinstance(error, InputError):
             reason += f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
-        raise InputError(f"{where}: {reason}") from error
+        raise InputError(f"{flag} {name}: {reason}") from error
 
 
 def find_files(name: str) -> tuple[str, str, list[Path] | None]:
@@ -691,24 +677,23 @@ def read_file(path: Path) -> list[dict]:
         return list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""), restkey="more", strict=True))
     whole, rows = data.lstrip().startswith(b"["), []
     for number, line in enumerate([data] if whole else data.split(b"\n"), 1):
-        surrogate = line.lower().find(b"\\ud")
+        if not line.strip():
+            continue
         try:
-            found = json.loads(line.decode("utf-8")) if line.strip() else []
-            if surrogate >= 0:
-                json.dumps(found, ensure_ascii=False).encode()
+            found = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:
             raise InputError(f"line {number + error.lineno - 1} is not JSON: {error.msg}") from error
         except UnicodeDecodeError as error:
             number += line[: error.start].count(b"\n")
             raise InputError(f"line {number} is not UTF-8: {error.reason}") from error
-        except UnicodeEncodeError as error:
-            number += line[:surrogate].count(b"\n")
-            raise InputError(f"line {number} has a lone surrogate, half a character, which is no text") from error
-        new = found if whole or not line.strip() else [found]
-        for place, row in enumerate(new, 1 if whole else number):
+        escaped = b"\\ud" in line.lower()
+        for place, row in enumerate(found if whole else [found], 1 if whole else number):
+            where = f"{'row' if whole else 'line'} {place}"
             if not isinstance(row, dict):
-                raise InputError(f"{'row' if whole else 'line'} {place} is not a JSON object: {row!r:.80}")
-        rows += new
+                raise InputError(f"{where} is not a JSON object: {row!r:.80}")
+            if escaped and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+                raise InputError(f"{where} has a lone surrogate, half a character, which is no text")
+            rows.append(row)
     return rows
 
 
@@ -852,9 +837,8 @@ def beginning(tokenizer) -> list[int]:
 
 
 def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, needs_prompt: bool = False) -> dict:
-    """The columns of a pair: texts, tokens, and how many of them the two sequences begin with alike (prefix).
-
-    given: also the row's own similarity.
+    """The columns of a pair: texts, tokens, how many of them the two sequences begin with alike (prefix), and how many
+    follow in each. given: also the row's own similarity.
     """
     prompt, chosen, rejected = preference_of(row, tokenizer)
     prompt_ids, chosen_ids, rejected_ids = tokenize(tokenizer, prompt, chosen, rejected)
@@ -870,7 +854,7 @@ def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, need
     columns = dict(
         prompt=prompt, chosen=chosen, rejected=rejected, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
         prompt_ids=prompt_ids, prefix=prefix, row_length=len(chosen_ids) + len(rejected_ids) - prefix,
-        chosen_length=len(chosen_ids), rejected_length=len(rejected_ids),
+        chosen_length=len(chosen_ids) - prefix, rejected_length=len(rejected_ids) - prefix,
     )
     if given:
         with contextlib.suppress(TypeError, ValueError):
@@ -968,17 +952,15 @@ def load_ranked(args, encode, process: Process) -> tuple[datasets.Dataset | None
                 fits = [isinstance(score, int | float) and math.isfinite(score) for score in scores]
                 fits += [isinstance(string, str) for string in (prompt, *responses)]
                 if len(responses) != len(scores) or not all(fits):
-                    raise TypeError
+                    raise ValueError("prompt must be text, responses a list of texts, scores a number each")
                 partners = zip(responses, responses[1:] + responses[:1]) if len(responses) > 2 else ()
                 same = {"prompt": prompt, "similarity": 1}  # which scores do not depend on
-                each = [encode(same | {"chosen": a, "rejected": b}) for a, b in partners]
+                pairs += [encode(same | {"chosen": a, "rejected": b}) for a, b in partners]
+                human += [scores] * (len(responses) > 2)
             except Unusable:
-                each = []
+                continue
             except (ValueError, TypeError) as error:
-                reason = str(error) or "prompt must be text, responses a list of texts, scores a number each"
-                raise InputError(f"--ranked_dataset {args.ranked_dataset}, row {number}: {reason}") from error
-            pairs += each
-            human += [scores] * bool(each)
+                raise InputError(f"--ranked_dataset {args.ranked_dataset}, row {number}: {error}") from error
         process.print(f"--ranked_dataset: {len(human)} of {len(rows)} prompts have more than two responses, all usable")
         return pairs, human
 
@@ -1023,13 +1005,10 @@ def pair_correlations(margin: torch.Tensor, similarity: torch.Tensor, pairs) -> 
 
 def total_steps(args, rows: int) -> int:
     """Optimizer steps of the run; InputError where the rows do not fill one."""
-    per_epoch = rows // args.global_batch_size
-    if args.epochs and not per_epoch:
-        raise InputError(
-            f"{rows} rows, without the held-out ones, do not fill a --global_batch_size of {args.global_batch_size}: "
-            "pass a smaller one"
-        )
-    return min(args.epochs * per_epoch, args.max_steps or sys.maxsize)
+    size = args.global_batch_size
+    if args.epochs and rows < size:
+        raise InputError(f"{rows} rows, without the held-out ones, do not fill a --global_batch_size {size}: lower it")
+    return min(args.epochs * (rows // size), args.max_steps or sys.maxsize)
 
 
 def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -1240,16 +1219,13 @@ def load_tokenizer(path: str, trust_remote_code: bool):
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     if tokenizer.pad_token is None or tokenizer.pad_token in taken:
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        free = [token for token in special if token not in taken | {tokenizer.unk_token}]
-        free = [token for token in free if token not in str(tokenizer.chat_template or "")]
-        unknown = [tokenizer.unk_token] if tokenizer.unk_token and tokenizer.unk_token not in taken else []
-        candidates = [token for token in free if "pad" in token.lower()] + unknown + free
-        if not candidates:
+        free = [token for token in special if token not in taken and token not in str(tokenizer.chat_template or "")]
+        if not free:
             raise InputError(
                 f"{path}: its tokenizer has no padding token that differs from EOS, and no unused special token to "
                 "lend: set `pad_token` in its tokenizer_config.json to a token that texts never contain"
             )
-        tokenizer.pad_token = candidates[0]
+        tokenizer.pad_token = min(free, key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
     return tokenizer
 
 
@@ -1379,22 +1355,20 @@ def loading(what: str, path: str):
     folder = Path(path)
     try:
         yield
-        return
     except InputError:
         raise
-    except Exception as caught:
-        error = caught
-    if folder.is_dir() and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
-        reason = "only pickled weights, which can run code when loaded: convert them to safetensors first"
-    elif folder.is_dir() and not (folder / "config.json").exists() and (folder / "model").is_dir():
-        reason = f"it is the folder of a run: pass {folder / 'model'}"
-    elif "trust_remote_code" in str(error):
-        reason = "it needs code of its own: read that code, then pass --trust_remote_code"
-    elif folder.exists():
-        reason = said(error) + "; delete it to go on from the one before" * (what == "checkpoint")
-    else:
-        reason = f"there is no such folder, nor could the Hub give it; download it and pass that ({said(error)})"
-    raise InputError(f"cannot load the {what} {path}: {reason}") from error
+    except Exception as error:
+        if list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
+            reason = "only pickled weights, which can run code when loaded: convert them to safetensors first"
+        elif (folder / "model").is_dir() and not (folder / "config.json").exists():
+            reason = f"it is the folder of a run: pass {folder / 'model'}"
+        elif "trust_remote_code" in str(error):
+            reason = "it needs code of its own: read that code, then pass --trust_remote_code"
+        elif folder.exists():
+            reason = said(error) + "; delete it to go on from the one before" * (what == "checkpoint")
+        else:
+            reason = f"there is no such folder, nor could the Hub give it; download it and pass that ({said(error)})"
+        raise InputError(f"cannot load the {what} {path}: {reason}") from error
 
 
 class TargetLogps(torch.autograd.Function):
@@ -1566,11 +1540,10 @@ def optimizer_step(step: int, losses: list[torch.Tensor], *engines) -> list[floa
 @contextlib.contextmanager
 def unsharded(engine):
     """Inside, every rank has all weights, gathered once: ranks may then generate for different numbers of steps."""
-    optimizer = getattr(engine, "optimizer", None)
     if not isinstance(engine, deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() < 3:
         yield
         return
-    sharding = getattr(optimizer, "parameter_offload", optimizer)
+    sharding = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         sharding._remove_module_hooks()  # they would shard each layer again behind its forward pass
         sharding.forward_hooks.clear()
@@ -1656,20 +1629,15 @@ def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, process, 
                 batches.append([])
             batches[-1].append(row)
         for rows in batches:
-            inputs = tokenizer.pad(
-                {"input_ids": [prompts[row] for row in rows]}, padding_side="left", return_tensors="pt"
-            ).to(process.device)
-            width = inputs.input_ids.shape[1]
-            length = max(rooms[row] for row in rows)
+            ids = {"input_ids": [prompts[row] for row in rows]}
+            inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(process.device)
+            width, length = inputs.input_ids.shape[1], max(rooms[row] for row in rows)
             points = torch.tensor(np.stack([np.random.default_rng(seeds[row]).random(length) for row in rows]))
-            sampling = Sampling(points.to(process.device), width, temperature, never)
-            output = model.generate(
-                **inputs, logits_processor=transformers.LogitsProcessorList([sampling]),
-                generation_config=transformers.GenerationConfig(
-                    do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=length,
-                    eos_token_id=eos, pad_token_id=tokenizer.pad_token_id,
-                ),
-            )  # R T + L
+            sampling = [Sampling(points.to(process.device), width, temperature, never)]
+            settings = transformers.GenerationConfig(
+                max_new_tokens=length, do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
+            )
+            output = model.generate(**inputs, logits_processor=sampling, generation_config=settings)  # R T + L
             for row, answer in zip(rows, output[:, width:].tolist()):
                 end = answer.index(eos) + 1 if eos in answer else len(answer)
                 answers[row] = answer[: min(end, rooms[row])]
@@ -1709,14 +1677,12 @@ def write_generations(answers: list[tuple[str, str]], args, process: Process) ->
 
 def plot_margins(lines: list[dict], args, path: Path) -> None:
     """Margin and bound of each held-out pair against its similarity, and the margins' histogram."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     lines = sorted(lines, key=lambda line: line["similarity"])
     similarity, margin = (np.array([line[name] for line in lines]) for name in ("similarity", "margin"))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, width_ratios=(2, 1), layout="constrained")
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     left.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0, label="margin")
     if args.constraint != "none":
         style = "." if args.constraint == "random" or args.shuffle_bounds else "-"
@@ -1728,5 +1694,4 @@ def plot_margins(lines: list[dict], args, path: Path) -> None:
     left.set_ylim(margin.min() - 0.5, max(margin.max(), 6) * 1.6)
     right.hist(margin, bins=40, orientation="horizontal")
     right.set(xlabel="pairs", title=f"largest margin {margin.max():.1f}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.savefig(path)

@@ -39,8 +39,7 @@ from priors import (
 class Args:
     """Train a policy on preference pairs with a prior constraint on its margins.
 
-    A flag given on the command line always wins over what --task and --constraint set; the defaults shown here are
-    those of the --task and --constraint on this command line.
+    A flag on the command line wins over what --task and --constraint set; the defaults shown are what they set there.
     """
 
     task: Literal["toy", "alpaca"] = "toy"  # Sets data and hyperparameters: the embedded task, or the paper's dialogue.
@@ -70,8 +69,7 @@ class Args:
     random_high: float = 5.0  # Upper end of the bounds drawn with --constraint random; alpaca needs it given.
     shuffle_bounds: bool = False  # Deal the bounds of a prior to other pairs: the control that has lost only the prior.
     encoder: str = ""  # Folder or Hub id of the text encoder of cos_sim; empty: the reference's hidden states.
-    encoder_pooling: Literal["cls", "mean"] = "mean"
-    """A text's embedding: the encoder's last hidden state at the first token, or the mean over all tokens."""
+    encoder_pooling: Literal["cls", "mean"] = "mean"  # Of last hidden states: the first token's, or the mean of all.
 
     max_length: int = 256  # Tokens of prompt + response + EOS; longer pairs are dropped, longer answers cut.
     learning_rate: float = 2e-4  # Peak learning rate; cosine to 0.
@@ -80,8 +78,7 @@ class Args:
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Pairs per rank and forward pass, at most; cut to a rank's share of the global batch.
     global_batch_size: int = 32  # Pairs per optimizer step, over all ranks and accumulated micro batches.
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
@@ -140,9 +137,7 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     if args.constraint == "given":
         return torch.tensor(pairs["similarity"][:])
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
-        columns = ("chosen_length", "rejected_length", "prefix")
-        chosen, rejected, prefix = (torch.tensor(pairs[name][:]) for name in columns)  # each n
-        return length_ratio(chosen - prefix, rejected - prefix)
+        return length_ratio(*(torch.tensor(pairs[f"{side}_length"][:]) for side in ("chosen", "rejected")))
     columns = (pairs[name][:] for name in ("prompt", "chosen", "rejected"))
     texts = [[prompt + response for response in both] for prompt, *both in zip(*columns)]
 
@@ -231,9 +226,7 @@ def evaluate(engine, pairs, similarity, ref_logps, ranked, args: Args, collator,
     chosen_reward, rejected_reward = args.kl_beta * (chosen - ref_logps[0]), args.kl_beta * (rejected - ref_logps[1])
     margin, bound = chosen_reward - rejected_reward, pair_bounds(similarity, args)  # n, n
     rank_loss = ranking_loss(margin, args.label_smoothing)
-    constraint_loss = 0 * margin
-    if args.constraint != "none":
-        constraint_loss = ranking_loss(bound - margin, args.label_smoothing)
+    constraint_loss = ranking_loss(bound - margin, args.label_smoothing) if args.constraint != "none" else 0 * margin
     metrics = pair_metrics(chosen, rejected, *ref_logps, bound, rank_loss, constraint_loss, args.kl_beta)
     rows, human, ranked_ref_logps = ranked
     own = (common.over_rows(engine, logps, rows, args, process).T - ranked_ref_logps)[0].tolist() if human else []
@@ -288,22 +281,19 @@ def main(args: Args) -> None:
         reference = common.make_engine(reference, args, config, 0, process)
     known = [rows for rows in (eval_pairs, ranked[0], [] if args.live_reference else train_pairs) if rows]
     known = [reference_logps(reference, rows, args, collator, process) for rows in known]  # each 2 n
-    eval_ref_logps, ranked = known.pop(0), (*ranked, known.pop(0) if ranked[0] else None)
+    eval_ref, ranked = known.pop(0), (*ranked, known.pop(0) if ranked[0] else None)
     ref_logps = known[0].to(process.device) if known else None  # 2 n
     if not args.live_reference:
         del reference  # its memory is free now
     output_dir = common.open_output(args, process, OUTPUTS)
     shown = ("loss", "accuracy", "margin_mean", "margin_max", "kl")
     metrics = common.Metrics(output_dir, process, args, total_steps, shown)
-    pairs = (train_pairs, eval_pairs)
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, total_steps, pairs, engine=engine)
+    checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_pairs, eval_pairs), engine=engine)
     process.print(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> list[dict]:
         with metrics.paused():
-            values, lines = evaluate(
-                engine, eval_pairs, eval_similarity, eval_ref_logps, ranked, args, collator, process
-            )
+            values, lines = evaluate(engine, eval_pairs, eval_similarity, eval_ref, ranked, args, collator, process)
         metrics.write(step, "eval", values)
         return lines
 

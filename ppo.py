@@ -40,12 +40,10 @@ import torch.distributed as dist
 class Args:
     """Train a policy by PPO against a reward model.
 
-    A flag given on the command line always wins over what --task sets; the defaults shown here are those of the --task
-    on this command line.
+    A flag on the command line wins over what --task sets; the defaults shown are what it sets there.
     """
 
-    task: Literal["toy", "alpaca", "tldr"] = "toy"
-    """Sets prompts, lengths and every hyperparameter: the embedded task, or the paper's dialogue or summarization."""
+    task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
     policy_model: str = ""  # Folder or Hub id of the SFT model: where the policy starts, and the frozen reference.
     reward_model: str = ""  # Folder or Hub id, with the same tokenizer: frozen, and where the critic starts.
     judge_model: str = ""  # A second reward model for evaluation: its score, and the win rate against the SFT answers.
@@ -225,30 +223,19 @@ def micro_batches(rollout: Rollout, rows, args: Args, collator, process: common.
 
 def engine_args(args: Args, which: str) -> argparse.Namespace:
     """The flags as common.py reads them, with the ZeRO stage and the learning rate of the policy or the critic."""
-    own = dict(
-        zero_stage=getattr(args, f"{which}_zero_stage"), learning_rate=getattr(args, f"{which}_learning_rate"),
-        global_batch_size=args.global_batch_size // args.minibatches, model=args.policy_model,
-        max_length=args.max_prompt_length + args.max_new_tokens,
-    )
-    return argparse.Namespace(**vars(args) | own)
+    own = {name: getattr(args, f"{which}_{name}") for name in ("zero_stage", "learning_rate")}
+    return argparse.Namespace(**vars(args) | own, max_length=args.max_prompt_length + args.max_new_tokens)
 
 
-def policy_logps(policy, inputs: dict, args: Args, never=()) -> torch.Tensor:
-    """log π of each response token, (N,), under the distribution that is sampled, which has no tokens `never`."""
-    return common.token_logps(policy, temperature=args.temperature, never=never, **inputs)
-
-
-def critic_values(critic, inputs: dict) -> torch.Tensor:
+def critic_values(critic, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The critic's value before each response token, (N,)."""
-    keep = inputs["labels"] != common.NO_LABEL  # R T
-    return critic(input_ids=inputs["input_ids"], logits_to_keep=keep).logits
+    return critic(input_ids=input_ids, logits_to_keep=labels != common.NO_LABEL).logits
 
 
-def last_scores(scorer, inputs: dict) -> torch.Tensor:
+def last_scores(scorer, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The reward model's score at the last token of each row, never at padding: (R,)."""
-    before_last = inputs["labels"] != common.NO_LABEL  # R T
-    keep = before_last.roll(1, 1) & ~before_last  # R T
-    return scorer(input_ids=inputs["input_ids"], logits_to_keep=keep).logits
+    before_last = labels != common.NO_LABEL  # R T
+    return scorer(input_ids=input_ids, logits_to_keep=before_last.roll(1, 1) & ~before_last).logits
 
 
 def sample(engine, model, tokenizer, prompts: list[list[int]], seeds: list, args: Args, process) -> Rollout:
@@ -265,13 +252,12 @@ def sample(engine, model, tokenizer, prompts: list[list[int]], seeds: list, args
 
 @torch.no_grad()
 def per_token(module, forward, rollout: Rollout, args: Args, collator, process: common.Process) -> torch.Tensor:
-    """forward(module, inputs), (N,), for all response tokens: (P, L)."""
+    """forward(module, **inputs), (N,), for all response tokens: (P, L)."""
     module.eval()
     result = torch.zeros(rollout.is_response.shape, device=process.device)  # P L
     for rows, inputs in micro_batches(rollout, range(len(result)), args, collator, process):
-        part = torch.zeros_like(result[rows])  # R L
-        part[rollout.is_response[rows]] = forward(module, inputs)
-        result[rows] = part
+        values, where = forward(module, **inputs), rollout.is_response[rows]  # N, R L
+        result[rows] = torch.zeros_like(result[rows]).masked_scatter(where, values)
     module.train()
     return result
 
@@ -281,7 +267,7 @@ def score(scorer, rollout: Rollout, args: Args, collator, process: common.Proces
     """A reward model's scores of all responses, (P,)."""
     result = torch.zeros(len(rollout.responses), device=process.device)
     for rows, inputs in micro_batches(rollout, range(len(result)), args, collator, process):
-        result[rows] = last_scores(scorer, inputs)
+        result[rows] = last_scores(scorer, **inputs)
     finite = result.isfinite().all().float()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:
@@ -289,27 +275,23 @@ def score(scorer, rollout: Rollout, args: Args, collator, process: common.Proces
     return result
 
 
-def evaluate(policy, model, reference, scorer, judge, prompts, args, tokenizer, collator, process) -> list[dict]:
+def evaluate(
+    policy, model, reference, scorer, judge, prompts, log_policy, args, tokenizer, collator, process
+) -> list[dict]:
     """For each held-out prompt an answer and what it is worth, on every rank."""
-    mine = [i % len(prompts) for i in range(process.rank, len(prompts) + process.world_size - 1, process.world_size)]
-    mine = mine[: math.ceil(len(prompts) / process.world_size)]  # each rank as many: some prompts may come twice
+    padded = math.ceil(len(prompts) / process.world_size) * process.world_size  # each rank as many: some come twice
+    mine = [i % len(prompts) for i in range(process.rank, padded, process.world_size)]
     seeds = [[args.seed, row] for row in mine]
     rollout = sample(policy, model, tokenizer, prompts["prompt_ids"][mine], seeds, args, process)
-    of_policy = functools.partial(policy_logps, args=args, never=common.unnamed_tokens(model, tokenizer, process))
-    logps, ref_logps = (per_token(m, of_policy, rollout, args, collator, process) for m in (policy, reference))  # P L
+    logps, ref_logps = (per_token(m, log_policy, rollout, args, collator, process) for m in (policy, reference))  # P L
     kl = torch.where(rollout.is_response, logps - ref_logps, 0.0).sum(1)  # P
     scores = score(scorer, rollout, args, collator, process)  # P
     judged = score(judge, rollout, args, collator, process) if judge else scores  # P
-    columns = zip(mine, rollout.responses, rollout.ended.tolist(), scores.tolist(), judged.tolist(), kl.tolist())
-    lines = {
-        row: dict(
-            prompt=prompts[row]["prompt"], answer=tokenizer.decode(response, skip_special_tokens=True),
-            response_tokens=len(response), ended=ended, score=own_score, judge=judge_score, kl=own_kl,
-        )
-        for row, response, ended, own_score, judge_score, own_kl in columns
-    }
-    merged = {row: line for part in common.gather_objects(lines) for row, line in part.items()}
-    return [merged[row] for row in range(len(prompts))]
+    numbers = dict(response_tokens=rollout.is_response.sum(1), ended=rollout.ended, score=scores, judge=judged, kl=kl)
+    texts = zip(prompts["prompt"][mine], tokenizer.batch_decode(rollout.responses, skip_special_tokens=True))
+    values = zip(*(column.tolist() for column in numbers.values()))
+    lines = [dict(prompt=p, answer=a, **dict(zip(numbers, own))) for (p, a), own in zip(texts, values)]
+    return common.interleaved(lines)[: len(prompts)]
 
 
 def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str, float | None]:
@@ -328,14 +310,12 @@ def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str
 
 def plot_steps(path: Path, output: Path) -> None:
     """Score, KL and response length over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    figure = Figure(figsize=(12, 3.5), dpi=120, layout="constrained")
     titles = {"score_mean": "score", "kl": "KL from the reference, nats", "response_tokens": "response, tokens"}
+    axes = figure.subplots(1, 3)
     for axis, (name, title) in zip(axes, titles.items()):
         for split, style in (("train", "-"), ("eval", "o")):
             points = [(line["step"], line[name]) for line in lines if line["split"] == split]
@@ -343,8 +323,7 @@ def plot_steps(path: Path, output: Path) -> None:
                 axis.plot(*zip(*points), style, label=split)
         axis.set(xlabel="step", title=title)
     axes[0].legend()
-    figure.savefig(output, dpi=120)
-    plt.close(figure)
+    figure.savefig(output)
 
 
 # ---------------------------------------------------------------- training
@@ -359,11 +338,6 @@ def main(args: Args) -> None:
             "runs/reward/model"
         )
     process = common.start(args.seed)
-    if args.global_batch_size % (args.minibatches * process.world_size):
-        raise common.InputError(
-            f"--global_batch_size {args.global_batch_size} is not a multiple of {process.world_size} ranks x "
-            f"--minibatches {args.minibatches}: change one of them"
-        )
     policy_args, critic_args = engine_args(args, "policy"), engine_args(args, "critic")
     accumulation = common.accumulation_steps(policy_args, process)
     args.micro_batch_size = critic_args.micro_batch_size = policy_args.micro_batch_size
@@ -383,29 +357,26 @@ def main(args: Args) -> None:
     def language_model():
         return common.load_language_model("--policy_model", args.policy_model, policy_args, tokenizer, policy_config)
 
-    def scorer_of(flag: str, path: str):
-        return common.load_reward_model(flag, path, critic_args, tokenizer, critic_config)
-
-    def frozen(module, module_args, config):
-        engine = common.make_engine(module, module_args, config, 0, process)
-        common.check_model(engine, module, module_args, process)
+    def reward_model(flag: str, path: str, steps: int):
+        module = common.load_reward_model(flag, path, critic_args, tokenizer, critic_config)
+        engine = common.make_engine(module, critic_args, critic_config, steps, process)
+        common.check_model(engine, module, critic_args, process)
         return engine
 
     model = language_model()
     policy = common.make_engine(model, policy_args, policy_config, updates, process)
     common.check_model(policy, model, policy_args, process)
-    reference = frozen(language_model(), policy_args, policy_config)
-    critic = scorer_of("--reward_model", args.reward_model) if updates else None
-    critic = critic and common.make_engine(critic, critic_args, critic_config, updates, process)
-    scorer = frozen(scorer_of("--reward_model", args.reward_model), critic_args, critic_config)
-    judge = scorer_of("--judge_model", args.judge_model) if args.judge_model else None
-    judge = judge and frozen(judge, critic_args, critic_config)
+    reference = common.make_engine(language_model(), policy_args, policy_config, 0, process)
+    critic = reward_model("--reward_model", args.reward_model, updates) if updates else None
+    scorer = reward_model("--reward_model", args.reward_model, 0)
+    judge = reward_model("--judge_model", args.judge_model, 0) if args.judge_model else None
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
-    of_policy = functools.partial(policy_logps, args=args, never=common.unnamed_tokens(model, tokenizer, process))
+    never = common.unnamed_tokens(model, tokenizer, process)
+    log_policy = functools.partial(common.token_logps, temperature=args.temperature, never=never)  # what is sampled
     output_dir = common.open_output(args, process, OUTPUTS)
     metrics = common.Metrics(output_dir, process, args, total_steps, shown=("score_mean", "kl"))
-    rows, engines = (train_prompts, eval_prompts), dict(policy=policy, critic=critic)
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, total_steps, rows, **engines)
+    rows = (train_prompts, eval_prompts)
+    checkpoints = common.Checkpoints(output_dir, metrics, args, process, rows, policy=policy, critic=critic)
     process.print(f"{total_steps} steps on {len(train_prompts)} prompts, {len(eval_prompts)} held out -> {output_dir}")
 
     def evaluate_now(step: int, first: list[dict] | None) -> list[dict]:
@@ -413,7 +384,7 @@ def main(args: Args) -> None:
             return []
         with metrics.paused():
             models = (policy, model, reference, scorer, judge)
-            lines = evaluate(*models, eval_prompts, args, tokenizer, collator, process)
+            lines = evaluate(*models, eval_prompts, log_policy, args, tokenizer, collator, process)
         metrics.write(step, "eval", eval_metrics(lines, first or lines, judge is not None))
         return lines
 
@@ -435,8 +406,8 @@ def main(args: Args) -> None:
 
             # 2 score the responses with the four models
             # Decoding rounds differently: both log-probabilities are from a pass like that of training.
-            rollout.logps = per_token(policy, of_policy, rollout, args, collator, process)  # P L
-            rollout.ref_logps = per_token(reference, of_policy, rollout, args, collator, process)  # P L
+            rollout.logps = per_token(policy, log_policy, rollout, args, collator, process)  # P L
+            rollout.ref_logps = per_token(reference, log_policy, rollout, args, collator, process)  # P L
             rollout.values = per_token(critic, critic_values, rollout, args, collator, process)  # P L
             rollout.scores = score(scorer, rollout, args, collator, process)  # P
             clock.append(time.perf_counter())
@@ -468,10 +439,10 @@ def main(args: Args) -> None:
                             tensor[part][is_response[part]]
                             for tensor in (rollout.logps, advantages, rollout.values, returns)
                         )  # each N
-                        logps = of_policy(policy, inputs)  # N
+                        logps = log_policy(policy, **inputs)  # N
                         policy_loss, ratio, policy_clipped = policy_losses(logps, old_logps, advantage, args.cliprange)
                         policy.backward(policy_loss.sum() * weight)  # frees its activations before the critic's
-                        values = critic_values(critic, inputs)  # N
+                        values = critic_values(critic, **inputs)  # N
                         value_loss, value_clipped = value_losses(values, old_values, target, args.cliprange_value)
                         critic.backward(value_loss.sum() * weight)
                         losses.append(torch.stack([policy_loss.detach().sum(), value_loss.detach().sum()]))

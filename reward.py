@@ -40,12 +40,10 @@ from priors import (
 class Args:
     """Train a reward model with a prior constraint on its margins.
 
-    A flag given on the command line always wins over what --task and --constraint set; the defaults shown here are
-    those of the --task and --constraint on this command line.
+    A flag on the command line wins over what --task and --constraint set; the defaults shown are what they set there.
     """
 
-    task: Literal["toy", "alpaca", "tldr"] = "toy"
-    """Sets data, lengths and every hyperparameter: the embedded task, or the paper's dialogue or summarization."""
+    task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
     constraint: Literal["none", "len_rat", "cos_sim", "given", "random", "fixed"] = "none"
     """What bounds a margin: nothing; length ratio, cosine similarity or the data's own; a control without a prior."""
     model: str = ""
@@ -67,8 +65,7 @@ class Args:
     random_high: float = 5.0  # Upper end of the bounds drawn with --constraint random.
     shuffle_bounds: bool = False  # Deal the bounds of a prior to other pairs: the control that has lost only the prior.
     encoder: str = ""  # Folder or Hub id of the text encoder of cos_sim; empty: the starting model's hidden states.
-    encoder_pooling: Literal["cls", "mean"] = "mean"
-    """A text's embedding: the encoder's last hidden state at the first token, or the mean over all tokens."""
+    encoder_pooling: Literal["cls", "mean"] = "mean"  # Of last hidden states: the first token's, or the mean of all.
 
     loss_on: Literal["last", "token"] = "last"
     """Where L is: at the last token; or, as in the authors' code, its mean over all from the first that differs on."""
@@ -79,8 +76,7 @@ class Args:
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Pairs per rank and forward pass, at most; cut to a rank's share of the global batch.
     global_batch_size: int = 32  # Pairs per optimizer step, over all ranks and accumulated micro batches.
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
@@ -137,14 +133,11 @@ def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype
 def collate_tokens(batch: dict[str, list], pad_token_id: int, device) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """For --loss_on token: inputs for 2 B padded rows, of which no token sees padding; where the loss is (B, T), from
     the first token that differs to the end of the longer response; and the last token of each row (2 B,)."""
-    rows = [torch.tensor(ids) for both in zip(batch["chosen_ids"], batch["rejected_ids"]) for ids in both]
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, True, pad_token_id).to(device)  # 2B T
-    at = torch.arange(input_ids.shape[1], device=device)
-    first = torch.tensor(batch["prefix"], device=device)
-    where = (at >= first[:, None]) & (at < lengths.view(-1, 2).amax(1)[:, None])  # B T
-    inputs = {"input_ids": input_ids, "attention_mask": (at < lengths[:, None]).long()}
-    return inputs | {"logits_to_keep": where.repeat_interleave(2, 0)}, where, lengths - 1
+    inputs, _, branch, _ = common.collate_pairs(batch, pad_token_id, False, None, device)
+    is_text, at = branch >= 0, torch.arange(branch.shape[1], device=device)  # 2B T, T
+    where = (at >= torch.tensor(batch["prefix"], device=device)[:, None]) & (is_text[0::2] | is_text[1::2])  # B T
+    inputs |= {"attention_mask": is_text.long(), "logits_to_keep": where.repeat_interleave(2, 0)}
+    return inputs, where, is_text.sum(1) - 1
 
 
 def token_margins(scores: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,9 +166,7 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     if args.constraint == "given":
         return torch.tensor(pairs["similarity"][:])
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
-        columns = ("chosen_length", "rejected_length", "prefix")
-        chosen, rejected, prefix = (torch.tensor(pairs[name][:]) for name in columns)  # each n
-        return length_ratio(chosen - prefix, rejected - prefix)
+        return length_ratio(*(torch.tensor(pairs[f"{side}_length"][:]) for side in ("chosen", "rejected")))
     columns = (pairs[name][:] for name in ("prompt", "chosen", "rejected"))
     texts = [[prompt + response for response in both] for prompt, *both in zip(*columns)]
 
@@ -233,9 +224,7 @@ def evaluate(engine, pairs, similarity, ranked, args: Args, collator, process) -
     chosen, rejected = common.over_rows(engine, scores, pairs, args, process).T  # n, n
     margin, bound = chosen - rejected, pair_bounds(similarity, args)  # n, n
     rank_loss = ranking_loss(margin)
-    constraint_loss = 0 * margin
-    if args.constraint != "none":
-        constraint_loss = ranking_loss(bound - margin)
+    constraint_loss = ranking_loss(bound - margin) if args.constraint != "none" else 0 * margin
     metrics = pair_metrics(chosen, rejected, bound, rank_loss, constraint_loss)
     rows, human = ranked
     own = common.over_rows(engine, scores, rows, args, process)[:, 0].tolist() if human else []
@@ -277,8 +266,7 @@ def main(args: Args) -> None:
     output_dir = common.open_output(args, process, OUTPUTS)
     shown = ("loss", "accuracy", "margin_mean", "margin_max")
     metrics = common.Metrics(output_dir, process, args, total_steps, shown)
-    pairs = (train_pairs, eval_pairs)
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, total_steps, pairs, engine=engine)
+    checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_pairs, eval_pairs), engine=engine)
     process.print(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> list[dict]:

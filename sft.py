@@ -29,12 +29,10 @@ import torch
 class Args:
     """Fine-tune a language model on demonstrations.
 
-    A flag given on the command line always wins over what --task sets; the defaults shown here are those of the --task
-    on this command line.
+    A flag on the command line wins over what --task sets; the defaults shown are what it sets there.
     """
 
-    task: Literal["toy", "alpaca", "tldr"] = "toy"
-    """Sets data, lengths and every hyperparameter: the embedded task, or the paper's dialogue or summarization."""
+    task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
     model: str = ""  # Folder or Hub id of the starting model, a causal LM; toy: built when needed, with random weights.
     dataset: str = str(common.DATA / "sft_train.jsonl")
     """Rows to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
@@ -53,8 +51,7 @@ class Args:
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Rows per rank and forward pass, at most; cut to a rank's share of the global batch.
     global_batch_size: int = 32  # Rows per optimizer step, over all ranks and accumulated micro batches.
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards over the ranks: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
@@ -70,9 +67,7 @@ class Args:
 
 
 # The paper's settings; the embedded task's are the defaults above.
-PAPER = dict(
-    weight_decay=0.0, epochs=3, micro_batch_size=4, zero_stage=2, dtype="bf16", gradient_checkpointing=True,
-)
+PAPER = dict(weight_decay=0.0, epochs=3, micro_batch_size=4, zero_stage=2, dtype="bf16", gradient_checkpointing=True)
 ALPACA = "hf://datasets/tatsu-lab/alpaca_farm@refs/convert/parquet/alpaca_instructions"
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
 TASKS = {
@@ -162,8 +157,7 @@ def main(args: Args) -> None:
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
     output_dir = common.open_output(args, process, OUTPUTS)
     metrics = common.Metrics(output_dir, process, args, total_steps, ("loss", "perplexity"), derived=perplexity)
-    rows = (train_rows, eval_rows)
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, total_steps, rows, engine=engine)
+    checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_rows, eval_rows), engine=engine)
     process.print(f"{total_steps} steps on {len(train_rows)} rows, {len(eval_rows)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> None:

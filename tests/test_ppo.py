@@ -143,7 +143,8 @@ def test_padding_on_either_side_changes_nothing(four):
     rest, tokenizer, policy, critic, scorer, rollout = four
     lengths = rollout.is_response.sum(1)
     assert len(set(lengths.tolist())) > 2 and lengths.tolist() == [len(r) for r in rollout.responses]
-    logps = ppo.per_token(policy, functools.partial(ppo.policy_logps, args=rest[0]), rollout, *rest)
+    log_policy = functools.partial(common.token_logps, temperature=rest[0].temperature)
+    logps = ppo.per_token(policy, log_policy, rollout, *rest)
     values, scores = ppo.per_token(critic, ppo.critic_values, rollout, *rest), ppo.score(scorer, rollout, *rest)
     for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses)):
         with torch.no_grad():
@@ -164,8 +165,8 @@ def test_sampling_samples_what_it_says(four):
     one = replace(args, max_new_tokens=1, micro_batch_size=500)
     prompts = [tokenizer("Customer: Do you sell milk?\nClerk:\n").input_ids] * 2000
     drawn = ppo.sample(policy, policy, tokenizer, prompts, [[1, row] for row in range(2000)], one, process)
-    of_policy = functools.partial(ppo.policy_logps, args=one)
-    logp = ppo.per_token(policy, of_policy, drawn, one, collator, process)[:, 0]
+    log_policy = functools.partial(common.token_logps, temperature=one.temperature)
+    logp = ppo.per_token(policy, log_policy, drawn, one, collator, process)[:, 0]
     with torch.no_grad():
         logps = (policy(torch.tensor(prompts[:1])).logits[0, -1] / 0.7).log_softmax(0)
     entropy = -(logps.exp() * logps).sum().item()
