@@ -14,6 +14,7 @@ import common
 import dpo
 import reward
 from helpers import launch, lines, rows_file
+from test_pairs import few
 from test_reward import CPU, TEXTS, columns, encoded, family_model
 
 SHORT = "--max_steps 2 --log_every 1 --global_batch_size 8 --micro_batch_size 4"
@@ -89,13 +90,13 @@ def test_the_last_token_is_one_position(tokenizer):
         assert own.tolist() == pytest.approx(other.tolist(), abs=1e-5)
 
 
-def test_a_run_with_the_loss_on_tokens(run, tmp_path):
+def test_a_run_with_the_loss_on_tokens(run, few, tmp_path):
     """Its margins are those of the last token, its loss is another; ranks and micro batches change nothing."""
     logged, token = {}, "--loss_on token"
     for name, flags in {"last": "", "token": token, "parts": f"{token} --micro_batch_size 2"}.items():
-        run(reward, f"--constraint len_rat {SHORT} {flags} --output_dir {tmp_path}/{name}")
+        run(reward, f"--constraint len_rat {SHORT} {few} {flags} --output_dir {tmp_path}/{name}")
         logged[name] = lines(tmp_path / name / "metrics.jsonl")
-    done = launch("reward.py", 2, *f"--constraint len_rat {SHORT} --loss_on token --output_dir {tmp_path}/2".split())
+    done = launch("reward.py", 2, f"--constraint len_rat {SHORT} {few} --loss_on token --output_dir {tmp_path}/2")
     assert done.returncode == 0, done.stderr
     first, token, parts, ranks = (line[1] for line in (*logged.values(), lines(tmp_path / "2" / "metrics.jsonl")))
     assert token["margin_mean"] == pytest.approx(first["margin_mean"], abs=1e-5)
