@@ -91,10 +91,10 @@ def test_training_learns_and_the_bound_holds(train, tmp_path):
     assert last["fixed"]["margin_mean"] == pytest.approx(0.75, abs=0.15) and last["fixed"]["over_bound"] == 0
 
 
-def test_the_saved_model_gives_the_scores_of_training(train, tmp_path, tokenizer):
+def test_the_saved_model_gives_the_scores_of_training(train, few, tmp_path, tokenizer):
     """Loaded as neighbours load it, left- and right-padded, and through the bare pipeline: the scores of eval.jsonl."""
-    train(f"{SHORT} --output_dir {tmp_path}/out")
-    folder, logged = tmp_path / "out" / "model", lines(tmp_path / "out" / "eval.jsonl")[:12]
+    train(f"{SHORT} {few} --output_dir {tmp_path}/out")
+    folder, logged = tmp_path / "out" / "model", lines(tmp_path / "out" / "eval.jsonl")
     assert list(folder.glob("*.safetensors")) and not list(folder.glob("*.bin"))
     rows = lines(common.DATA / "preference_eval.jsonl")[:12]
     pairs = [common.encode_pair(row, tokenizer, 256) for row in rows]
