@@ -11,6 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PCRM_CACHE"] = tempfile.mkdtemp(prefix="pcrm-tests-")
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker and hasattr(os, "sched_setaffinity"):  # each of pytest-xdist's workers has its own cores
+    cores, count = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[int(worker[2:]) :: count] or cores)
 
 import common  # before torch
 import pytest
