@@ -42,7 +42,7 @@ def test_the_papers_runs_are_there():
     expected += [f"reward.py --task {task} --constraint {constraint}" for task in tasks for constraint in five]
     expected += [f"dpo.py --task alpaca --constraint {constraint}" for constraint in five[:3]]
     expected += [
-        f"ppo.py --task {task} --policy_model runs/sft/model --reward_model runs/{constraint}/model"
+        f"ppo.py --task {task} --policy_model sft/model --reward_model {constraint}/model"
         for task in tasks for constraint in five[:3]
     ]
     assert runs == {tuple(run.split()) for run in expected} and len(runs) == 21
