@@ -502,8 +502,8 @@ def table(title: str, records: list[dict], columns: dict) -> None:
         cells = []
         for name in columns:
             own, first = values[arm, name], values[arms[0], name]
-            cells.append(f"{np.mean(list(own.values())):.3g}")
-            both = [seed for seed in own if seed in first]
+            cells.append(f"{np.nanmean(list(own.values())):.3g}")
+            both = [seed for seed in own if np.isfinite(own[seed] - first.get(seed, np.nan))]
             if arm != arms[0] and both:
                 cells[-1] += f" ({interval(np.array([own[s] - first[s] for s in both]))})"
         print(f"| `{arm}` ({len(own)}) | " + " | ".join(cells) + " |")
