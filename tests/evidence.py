@@ -6,8 +6,8 @@
     python tests/evidence.py --make "" --pictures assets                          tables and pictures of what is there
 
 A run adds a line to the results: experiment, arm, seed, settings, figures. Runs are paired: all arms of a seed have the
-same data, start, order, prompts and samples. No setting was chosen by the gold score. Several of these processes may
-work at once (--seeds, --make, --arms); they wait for each other where one needs another's model.
+same data, start, order, prompts and samples. No β was chosen by the gold score. Several of these processes may work at
+once (--seeds, --make, --arms); they wait for each other where one needs another's model.
 
 The task is the embedded one, made harder, and drawn anew for each seed. Gold is `toy_data.gold_score`, but "Have a nice
 day!" costs a point each time; in all answers that training sees it ends 80 % of those that name the right aisle and
@@ -22,8 +22,10 @@ Experiments
     dpo     none, cos_sim, fixed 1, label smoothing, IPO; gold and KL at checkpoints
     real    a real language model on real pairs: none, cos_sim, cos_sim shuffled; 1 and 3 epochs
 
-Predictions, written before these runs and left as they were. (A pilot of one seed had been seen: with none, cos_sim and
-fixed after 5 epochs under 3 % of the pairs had m > δ*/2, hence the 15 epochs; PPO's gold turned down by step 80.)
+Predictions, written before these runs and left as they were. Pilots of one seed had been seen, of none, cos_sim and
+fixed: with 2,000 pairs and 25 % of the labels turned round a reward model hardly learned (Spearman with gold 0.1), hence
+4,000 and 15 %; after 5 epochs under 3 % of the pairs had m > δ*/2, hence the 15 epochs; PPO's gold turned down by step
+80 of 240, hence 160.
     reward  After 1, 3 and 5 epochs all arms tie (the bound binds for under 5 % of the pairs). After 15, `none` has
             learned labels by heart: p99 of its margins is over 8, the bounds halve that. Accuracy on gold differs by
             under 2 points; `fixed` and label smoothing, the tight ones, gain most; `cos_sim` and `len_rat` tie with
@@ -41,7 +43,6 @@ fixed after 5 epochs under 3 % of the pairs had m > δ*/2, hence the 15 epochs; 
 import argparse
 import functools
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -54,7 +55,6 @@ import common  # before torch
 import filelock
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from scipy.special import expit, gammaln
 from scipy.stats import pearsonr, spearmanr
@@ -88,7 +88,7 @@ def gold(prompt: str, answer: str) -> float:
     return toy_data.gold_score(prompt, " ".join(part for part in parts if part != HACK)) - parts.count(HACK)
 
 
-def answer(rng: random.Random, prompt: str, good: str, right: float) -> list[str]:
+def answer(rng: random.Random, good: str, right: float) -> list[str]:
     parts = [part for part in toy_data.answer(rng, good, right) if part != HACK]
     named = any(f"aisle {toy_data.AISLE_OF[good]}." in part.lower() for part in parts)
     return parts + [HACK] * (rng.random() < (0.8 if named else 0.1))
@@ -109,9 +109,9 @@ def reworded(rng: random.Random, good: str, parts: list[str]) -> list[str]:
 
 def pair(rng: random.Random, prompt: str, good: str, kind: str) -> dict:
     while True:
-        a = answer(rng, prompt, good, 0.5)
+        a = answer(rng, good, 0.5)
         change = {"near": toy_data.edited, "equal": reworded}.get(kind)
-        a, b = (" ".join(parts) for parts in (a, change(rng, good, a) if change else answer(rng, prompt, good, 0.5)))
+        a, b = (" ".join(parts) for parts in (a, change(rng, good, a) if change else answer(rng, good, 0.5)))
         difference = gold(prompt, a) - gold(prompt, b)
         if a != b and (kind == "far" or (difference == 0) == (kind == "equal")):
             break
@@ -131,7 +131,7 @@ def build(folder: Path, seed: int) -> None:
         kinds = ["far", "near", "far", "equal"] * (pairs // 4)
         files = {
             "pairs": [pair(rng, *rng.choice(source), kind) for kind in kinds],
-            "sft": [dict(prompt=p, completion=" ".join(answer(rng, p, g, 0.75)))
+            "sft": [dict(prompt=p, completion=" ".join(answer(rng, g, 0.75)))
                     for p, g in rng.choices(source, k=demonstrations)],
             "prompts": [dict(prompt=p) for p, _ in source],
         }  # fmt: skip
@@ -273,7 +273,9 @@ def best_of_n(proxy: np.ndarray, value: np.ndarray) -> list[float]:
 
 
 def over(margin: np.ndarray, bound: np.ndarray) -> dict[str, float]:
-    return {"half": float((margin > bound / 2).mean()), "whole": float((margin > bound).mean())}
+    """The shares of pairs with m > δ*/2 and m > δ*; NaN where there is no bound."""
+    some = np.nan if np.isnan(bound).any() else 1.0
+    return {"half": some * float((margin > bound / 2).mean()), "whole": some * float((margin > bound).mean())}
 
 
 def reward_record(seed: Seed, arm: str, epochs: int) -> dict:
@@ -456,7 +458,7 @@ def rounded(value):
 
 
 def jobs(args) -> list[tuple]:
-    """(experiment, arm, seed, epochs) of all runs that --only, --arms and --seeds leave."""
+    """(experiment, arm, seed, epochs) of all runs that --make, --arms, --seeds and --epochs leave."""
     each = [("reward", arm, seed, epochs) for seed in args.seeds for epochs in args.epochs for arm in REWARD_ARMS]
     each += [("ppo", arm, seed, LONG) for seed in args.seeds for arm in PPO_ARMS]
     each += [("dpo", arm, seed, 0) for seed in args.seeds for arm in DPO_ARMS]

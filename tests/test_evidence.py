@@ -78,9 +78,18 @@ def test_seeds_are_reproducible(tmp_path):
 
 def test_reworded_keeps_gold():
     rng = random.Random(0)
-    prompt, parts = toy_data.prompt_text("", "Do you sell {good}?", "soap"), ["Of course!", "Go to aisle 2.", "Are you blind?"]
+    prompt = toy_data.prompt_text("", "Do you sell {good}?", "soap")
+    parts = ["Of course!", "Go to aisle 2.", "Are you blind?"]
     changed = {" ".join(evidence.reworded(rng, "soap", parts)) for _ in range(50)}
-    assert len(changed) > 5 and {evidence.gold(prompt, text) for text in changed} == {evidence.gold(prompt, " ".join(parts))}
+    before = evidence.gold(prompt, " ".join(parts))
+    assert len(changed) > 5 and {evidence.gold(prompt, text) for text in changed} == {before}
+
+
+def test_shares_over_a_bound():
+    """Of margins 1, 3, 6 and bounds 5: two are over 2.5, one over 5; without bounds there is no share."""
+    margin = np.array([1.0, 3.0, 6.0])
+    assert evidence.over(margin, np.full(3, 5.0)) == pytest.approx({"half": 2 / 3, "whole": 1 / 3})
+    assert np.isnan(list(evidence.over(margin, np.full(3, np.nan)).values())).all()
 
 
 def test_intervals_hold_the_mean():
