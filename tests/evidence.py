@@ -1,7 +1,7 @@
 """The experiments that decide what the bound and its prior are worth: the README's tables and pictures.
 
     python tests/evidence.py                     makes what tests/evidence.jsonl lacks, then prints every table
-    python tests/evidence.py --results new.jsonl --folder /tmp/evidence           all of it again, from nothing
+    python tests/evidence.py --results new.jsonl --folder new                     all of it again, from nothing
     python tests/evidence.py --make real --model <language model> --encoder <text encoder> --data <pairs> ...
     python tests/evidence.py --make "" --pictures assets                          tables and pictures of what is there
 
@@ -16,6 +16,7 @@ round. Of 4,000 pairs (800 held out) half are two answers drawn independently, a
 that gold knows differs, a quarter near copies of equal gold (another wording), whose labels are coins.
 
 Experiments
+    embedded  the data of data/ as it is and reward.py's defaults (5 epochs), also with the loss on each token
     reward  8 ways to train x 1, 3, 5, 15 epochs: ranking, calibration, best-of-n, how often the bound binds
     ppo     reward model (none, cos_sim; 15 epochs) x units (its own; the other's spread σ₀), with the score clip and
             without; 160 steps
@@ -70,9 +71,11 @@ from helpers import lines
 FLIPPED = 0.15  # labels turned round
 HACK = "Have a nice day!"
 FIXED, SMOOTHING = 4.5, float(expit(-4.5 / 2))  # label smoothing with the optimum of fixed 4.5
+EXPERIMENTS = "embedded reward ppo dpo real".split()
 REWARD_ARMS = "none len_rat cos_sim len_rat+shuffle cos_sim+shuffle fixed random smoothing".split()
 PPO_ARMS = [f"{loss}/{units}{clip}" for clip in ("", "/no clip") for loss in ("none", "cos_sim")
             for units in ("own", "other")]  # fmt: skip
+EMBEDDED_ARMS = "none cos_sim none+token cos_sim+token".split()
 DPO_ARMS = "none cos_sim fixed smoothing IPO".split()
 REAL_ARMS = "none cos_sim cos_sim+shuffle".split()
 EPOCHS, LONG = (1, 3, 5, 15), 15  # 15: until the model knows labels by heart; PPO's reward models
@@ -175,12 +178,16 @@ class Seed:
         return self.run(sft, "sft", "generations.json", self.data("sft")) / "model"
 
     def reward(self, arm: str, epochs: int) -> Path:
+        flags = f"--model {self.sft()} {self.data('pairs')} --epochs {epochs}"
+        return self.arm(f"reward-{arm}-{epochs}", arm, flags)
+
+    def arm(self, name: str, arm: str, flags: str = "") -> Path:
+        """A run of reward.py; an arm is a constraint, +shuffle with bounds dealt to other pairs, +token per token."""
         constraint, *more = arm.replace("smoothing", "none+smoothing").split("+")
-        flags = f"--model {self.sft()} {self.data('pairs')} --epochs {epochs} --constraint {constraint}"
-        flags += " --shuffle_bounds" * ("shuffle" in more) + f" --fixed_bound {FIXED}"
+        flags += f" --constraint {constraint}" + " --shuffle_bounds" * ("shuffle" in more)
+        flags += f" --fixed_bound {FIXED}" + " --loss_on token" * ("token" in more)
         smooth = functools.partial(priors.ranking_loss, label_smoothing=SMOOTHING)
-        patches = {"ranking_loss": smooth} if "smoothing" in more else {}
-        return self.run(reward, f"reward-{arm}-{epochs}", "eval.jsonl", flags, **patches)
+        return self.run(reward, name, "eval.jsonl", flags, **{"ranking_loss": smooth} if "smoothing" in more else {})
 
     def pool(self) -> list[dict]:
         """SFT answers to the held-out prompts, POOL to each, with their gold scores."""
@@ -276,6 +283,22 @@ def over(margin: np.ndarray, bound: np.ndarray) -> dict[str, float]:
     """The shares of pairs with m > δ*/2 and m > δ*; NaN where there is no bound."""
     some = np.nan if np.isnan(bound).any() else 1.0
     return {"half": some * float((margin > bound / 2).mean()), "whole": some * float((margin > bound).mean())}
+
+
+def embedded_record(seed: Seed, arm: str) -> dict:
+    out, rows = seed.arm(f"embedded-{arm}", arm), lines(common.DATA / "preference_eval.jsonl")
+    last, held_out = lines(out / "metrics.jsonl")[-1], lines(out / "eval.jsonl")
+    true = np.subtract(*([toy_data.gold_score(row["prompt"], row[k]) for row in rows] for k in ("chosen", "rejected")))
+    names = ("similarity", "margin", "bound")
+    similarity, margin, bound = (np.array([line[name] for line in held_out], float) for name in names)
+    near, decided = np.arange(len(rows)) % 2 == 0, true != 0  # near copies: as toy_data.build makes them
+    return {
+        "accuracy": last["accuracy"], "gold accuracy": ((margin > 0) == (true > 0))[decided].mean(),
+        "Spearman": last["ranked_spearman"], "largest margin": margin.max(),
+        "near copies, m > 5": (margin[near] > 5).mean(),
+        **({"points": [similarity.tolist(), margin.tolist(), bound.tolist()]}
+           if seed.seed == 1 and arm in ("none", "cos_sim") else {}),
+    }  # fmt: skip
 
 
 def reward_record(seed: Seed, arm: str, epochs: int) -> dict:
@@ -459,7 +482,8 @@ def rounded(value):
 
 def jobs(args) -> list[tuple]:
     """(experiment, arm, seed, epochs) of all runs that --make, --arms, --seeds and --epochs leave."""
-    each = [("reward", arm, seed, epochs) for seed in args.seeds for epochs in args.epochs for arm in REWARD_ARMS]
+    each = [("embedded", arm, seed, 5) for seed in args.seeds for arm in EMBEDDED_ARMS]
+    each += [("reward", arm, seed, epochs) for seed in args.seeds for epochs in args.epochs for arm in REWARD_ARMS]
     each += [("ppo", arm, seed, LONG) for seed in args.seeds for arm in PPO_ARMS]
     each += [("dpo", arm, seed, 0) for seed in args.seeds for arm in DPO_ARMS]
     if args.model:
@@ -475,8 +499,9 @@ def make(args) -> None:
         if experiment == "real":
             record = real_record(args, seed, arm, epochs)
         else:
-            record = {"reward": lambda s: reward_record(s, arm, epochs), "ppo": lambda s: ppo_record(s, arm),
-                      "dpo": lambda s: dpo_record(s, arm)}[experiment](Seed(args.folder, seed, records))  # fmt: skip
+            figures = {"embedded": embedded_record, "ppo": ppo_record, "dpo": dpo_record,
+                       "reward": functools.partial(reward_record, epochs=epochs)}[experiment]  # fmt: skip
+            record = figures(Seed(args.folder, seed, records), arm)
         record = {"experiment": experiment, "arm": arm, "seed": seed, "epochs": epochs, **rounded(record)}
         with filelock.FileLock(f"{args.results}.lock"), open(args.results, "a") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -499,7 +524,8 @@ def table(title: str, records: list[dict], columns: dict) -> None:
     for record in records:
         for name, column in columns.items():
             values.setdefault((record["arm"], name), {})[record["seed"]] = column(record)
-    print(f"\n{title}\n\n| arm | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 1))
+    head = " | ".join(columns).replace("|Δ|", "abs Δ")
+    print(f"\n{title}\n\n| arm | {head}" + " |\n|" + " --- |" * (len(columns) + 1))
     for arm in arms:
         cells = []
         for name in columns:
@@ -519,7 +545,10 @@ def at(record: dict, root_kl: float, name: str) -> float:
 
 
 def tables(records: list[dict]) -> None:
-    of = {name: [r for r in records if r["experiment"] == name] for name in ("reward", "ppo", "dpo", "real")}
+    of = {name: [r for r in records if r["experiment"] == name] for name in EXPERIMENTS}
+    if of["embedded"]:
+        names = ["accuracy", "gold accuracy", "Spearman", "largest margin", "near copies, m > 5"]
+        table("Embedded task, 5 epochs", of["embedded"], {name: lambda r, n=name: r[n] for name in names})
     for epochs in sorted({r["epochs"] for r in of["reward"]}):
         runs = [r for r in of["reward"] if r["epochs"] == epochs]
         names = ["accuracy", "gold accuracy", "gold accuracy, far", "gold accuracy, near", "Spearman", "margin p99",
@@ -541,6 +570,9 @@ def tables(records: list[dict]) -> None:
         last |= {"best gold": lambda r: max(r["gold"]), "at step": lambda r: r["steps"][int(np.argmax(r["gold"]))]}
         last |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1, 2, 3)}
         table("PPO, last 30 of 160 steps", of["ppo"], last)
+        for units, both in (("cos_sim's", ("none/other", "cos_sim/own")), ("none's", ("none/own", "cos_sim/other"))):
+            runs = sorted((r for r in of["ppo"] if r["arm"] in both), key=lambda r: both.index(r["arm"]))
+            table(f"PPO in {units} units", runs, last)
     if of["dpo"]:
         last = {name: lambda r, n=name: r[n][-1] for name in ("kl", "gold")} | {"best gold": lambda r: max(r["gold"])}
         last |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1, 2)}
@@ -563,6 +595,19 @@ def pictures(records: list[dict], folder: Path) -> None:
 
     def runs(experiment, arm, epochs):
         return [r for r in records if (r["experiment"], r["arm"], r["epochs"]) == (experiment, arm, epochs)]
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    free, bounded = (runs("embedded", arm, 5)[0]["points"] for arm in ("none", "cos_sim"))
+    similarity, bound = np.array(sorted(zip(bounded[0], bounded[2]))).T
+    titles = {"ranking loss alone (none)": free[1], "with the bound (cos_sim)": bounded[1]}
+    for axis, (title, margin) in zip(axes, titles.items()):
+        axis.scatter(bounded[0], margin, s=8, alpha=0.5, linewidths=0)
+        axis.plot(similarity, bound, color="C3", label="bound δ*(s)")
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        axis.set(title=title, xlabel="similarity s of the two responses")
+    axes[0].set_ylabel("margin m of held-out pairs")
+    axes[1].legend()
+    figure.savefig(folder / "margins.png", dpi=110)
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for arm, color in (("none", "C0"), ("cos_sim", "C1")):
@@ -602,7 +647,7 @@ def pictures(records: list[dict], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--make", default="reward,ppo,dpo,real", help="experiments whose missing runs are made")
+    parser.add_argument("--make", default=",".join(EXPERIMENTS), help="experiments whose missing runs are made")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS, help="of the reward models that are compared")
     parser.add_argument("--arms", default="", help="some arms, with ; between them")
