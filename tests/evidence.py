@@ -24,9 +24,9 @@ Experiments
     real    a real language model on real pairs: none, cos_sim, cos_sim shuffled; 1 and 3 epochs
 
 Predictions, written before these runs and left as they were. Pilots of one seed had been seen, of none, cos_sim and
-fixed: with 2,000 pairs and 25 % of the labels turned round a reward model hardly learned (Spearman with gold 0.1), hence
-4,000 and 15 %; after 5 epochs under 3 % of the pairs had m > δ*/2, hence the 15 epochs; PPO's gold turned down by step
-80 of 240, hence 160.
+fixed: with 2,000 pairs and 25 % of the labels turned round a reward model hardly learned (Spearman with gold 0.1),
+hence 4,000 and 15 %; after 5 epochs under 3 % of the pairs had m > δ*/2, hence the 15 epochs; PPO's gold turned down by
+step 80 of 240, hence 160.
     reward  After 1, 3 and 5 epochs all arms tie (the bound binds for under 5 % of the pairs). After 15, `none` has
             learned labels by heart: p99 of its margins is over 8, the bounds halve that. Accuracy on gold differs by
             under 2 points; `fixed` and label smoothing, the tight ones, gain most; `cos_sim` and `len_rat` tie with
@@ -69,6 +69,7 @@ import toy_data
 from helpers import lines
 
 FLIPPED = 0.15  # labels turned round
+PAIRS = {"train": 4000, "eval": 800}
 HACK = "Have a nice day!"
 FIXED, SMOOTHING = 4.5, float(expit(-4.5 / 2))  # label smoothing with the optimum of fixed 4.5
 EXPERIMENTS = "embedded reward ppo dpo real".split()
@@ -78,8 +79,10 @@ PPO_ARMS = [f"{loss}/{units}{clip}" for clip in ("", "/no clip") for loss in ("n
 EMBEDDED_ARMS = "none cos_sim none+token cos_sim+token".split()
 DPO_ARMS = "none cos_sim fixed smoothing IPO".split()
 REAL_ARMS = "none cos_sim cos_sim+shuffle".split()
+ARMS = list(dict.fromkeys([*REWARD_ARMS, *EMBEDDED_ARMS, *PPO_ARMS, *DPO_ARMS]))  # in the order of the tables
 EPOCHS, LONG = (1, 3, 5, 15), 15  # 15: until the model knows labels by heart; PPO's reward models
 BEST_OF, POOL = [2**k for k in range(9)], 512
+ANSWERS = 10  # to each held-out prompt at a checkpoint of DPO
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -130,8 +133,8 @@ def build(folder: Path, seed: int) -> None:
              for g in toy_data.AISLE_OF]  # fmt: skip
     rng.shuffle(asked)
     folder.mkdir(parents=True, exist_ok=True)
-    for split, source, pairs, demonstrations in (("eval", asked[:48], 800, 100), ("train", asked[48:], 4000, 1000)):
-        kinds = ["far", "near", "far", "equal"] * (pairs // 4)
+    for split, source, demonstrations in (("eval", asked[:48], 100), ("train", asked[48:], 1000)):
+        kinds = ["far", "near", "far", "equal"] * (PAIRS[split] // 4)
         files = {
             "pairs": [pair(rng, *rng.choice(source), kind) for kind in kinds],
             "sft": [dict(prompt=p, completion=" ".join(answer(rng, g, 0.75)))
@@ -212,7 +215,7 @@ def sampled(folder: Path, prompts: list[str], seed: int) -> list[dict]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
     model, answers = transformers.AutoModelForCausalLM.from_pretrained(folder).eval().to(DEVICE), []
     torch.manual_seed(seed)
-    for part in (prompts[i : i + POOL] for i in range(0, len(prompts), POOL)):
+    for part in (prompts[i : i + 512] for i in range(0, len(prompts), 512)):
         inputs = tokenizer(part, return_tensors="pt", padding=True).to(DEVICE)
         output = model.generate(
             inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=True, top_k=0, max_new_tokens=96
@@ -335,6 +338,7 @@ def reward_record(seed: Seed, arm: str, epochs: int) -> dict:
         "gold accuracy": agrees[decided].mean(),
         **{f"gold accuracy, {name}": agrees[decided & kinds[name]].mean() for name in ("far", "near")},
         **{f"gold accuracy, quarter {q + 1}": agrees[decided & (quarters == q)].mean() for q in range(4)},
+        **{f"accuracy, quarter {q + 1}": (margin > 0)[quarters == q].mean() for q in range(4)},
         "Spearman": np.nanmean([spearmanr(s, v).statistic for s, v in zip(score, value)]),
         "margin p99": np.quantile(margin, 0.99), "σ₀": spread,
         "score and length": pearsonr(score.ravel(), [len(row["answer"]) for row in pool]).statistic,
@@ -409,7 +413,7 @@ def dpo_record(seed: Seed, arm: str) -> dict:
     start, found, evaluate = seed.sft(), [], dpo.evaluate
     tokenizer = common.load_tokenizer(str(start), False)
     reference = transformers.AutoModelForCausalLM.from_pretrained(start).eval().to(DEVICE)
-    prompts = [row["prompt"] for row in lines(seed.folder / "prompts_eval.jsonl")] * 10
+    prompts = [row["prompt"] for row in lines(seed.folder / "prompts_eval.jsonl")] * ANSWERS
     ids = [common.tokenize(tokenizer, prompt)[0] for prompt in prompts]
 
     @torch.no_grad()
@@ -460,7 +464,8 @@ def real_record(args, seed: int, arm: str, epochs: int) -> dict:
     last, training = metrics[-1], [line for line in metrics if line["split"] == "train"]
     chosen, rejected = (np.array([line[f"{side}_score"] for line in held_out]) for side in ("chosen", "rejected"))
     return {
-        "accuracy": last["accuracy"], "Spearman": last["ranked_spearman"], "Kendall": last["ranked_kendall"],
+        "accuracy": last["accuracy"], "Spearman": last.get("ranked_spearman", np.nan),
+        "Kendall": last.get("ranked_kendall", np.nan),
         "margin p99": np.quantile(margin, 0.99), "largest margin": margin.max(),
         "σ₀": np.concatenate([chosen, rejected]).std(), "binds held out": over(margin, bound),
         "train accuracy, last steps": np.mean([line["accuracy"] for line in training[-20:]]),
@@ -487,7 +492,8 @@ def jobs(args) -> list[tuple]:
     each += [("ppo", arm, seed, LONG) for seed in args.seeds for arm in PPO_ARMS]
     each += [("dpo", arm, seed, 0) for seed in args.seeds for arm in DPO_ARMS]
     if args.model:
-        each += [("real", arm, seed, epochs) for seed in args.seeds[:3] for epochs in (1, 3) for arm in REAL_ARMS]
+        some = [epochs for epochs in args.epochs if epochs in (1, 3)]
+        each += [("real", arm, seed, epochs) for seed in args.seeds[:3] for epochs in some for arm in REAL_ARMS]
     return [job for job in each if job[0] in args.make.split(",") and (not args.arms or job[1] in args.arms.split(";"))]
 
 
@@ -510,31 +516,63 @@ def make(args) -> None:
 # ---------------------------------------------------------------- tables and pictures
 
 
-def interval(values: np.ndarray) -> str:
-    """Mean over the seeds, and the 95 % interval of its bootstrap."""
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the mean over the seeds."""
     draws = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return f"{values.mean():+.3g} [{low:+.2g}, {high:+.2g}]"
+    return tuple(np.quantile(draws, (0.025, 0.975)))
+
+
+def compared(records: list[dict], columns: dict) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """For each arm and column the values of the seeds, and their paired differences to those of the first arm."""
+    values = {}  # arm: for each column {seed: value}
+    for record in sorted(records, key=lambda record: ARMS.index(record["arm"])):
+        each = values.setdefault(record["arm"], [{} for _ in columns])
+        for column, known in zip(columns.values(), each):
+            known[record["seed"]] = column(record)
+    first, result = next(iter(values.values()), None), {}
+    for arm, each in values.items():
+        differences = [np.array([own[s] - base.get(s, np.nan) for s in own]) for own, base in zip(each, first)]
+        result[arm] = [(np.array([*own.values()]), d[np.isfinite(d)]) for own, d in zip(each, differences)]
+    return result
 
 
 def table(title: str, records: list[dict], columns: dict) -> None:
     """Mean of each column over the seeds; behind it, of all arms but the first, the paired difference to the first."""
-    arms = list(dict.fromkeys(record["arm"] for record in records))
-    values = {}  # (arm, column): {seed: value}
-    for record in records:
-        for name, column in columns.items():
-            values.setdefault((record["arm"], name), {})[record["seed"]] = column(record)
+    if not records:
+        return
     head = " | ".join(columns).replace("|Δ|", "abs Δ")
     print(f"\n{title}\n\n| arm | {head}" + " |\n|" + " --- |" * (len(columns) + 1))
-    for arm in arms:
-        cells = []
-        for name in columns:
-            own, first = values[arm, name], values[arms[0], name]
-            cells.append(f"{np.nanmean(list(own.values())):.3g}")
-            both = [seed for seed in own if np.isfinite(own[seed] - first.get(seed, np.nan))]
-            if arm != arms[0] and both:
-                cells[-1] += f" ({interval(np.array([own[s] - first[s] for s in both]))})"
-        print(f"| `{arm}` ({len(own)}) | " + " | ".join(cells) + " |")
+    for place, (arm, cells) in enumerate(compared(records, columns).items()):
+        texts = [f"{np.nanmean(own):.3g}" if np.isfinite(own).any() else "" for own, _ in cells]
+        for i, (_, difference) in enumerate(cells):
+            if place and len(difference):
+                low, high = bootstrap(difference)
+                texts[i] += f" ({difference.mean():+.3g} [{low:+.2g}, {high:+.2g}])"
+        print(f"| `{arm}` ({len(cells[0][0])}) | " + " | ".join(texts) + " |")
+
+
+def summary(records: list[dict]) -> str:
+    """The README's table of the reward models that know labels by heart: of `none` the values, else differences."""
+    columns = {
+        "m > δ*/2": ("{:.0%}", lambda r: r["binds in training"]["half"]),
+        "m, 99 %": ("{:.1f}", lambda r: r["margin p99"]),
+        "accuracy on gold, %": ("{:.1f}", lambda r: 100 * r["gold accuracy"]),
+        "Spearman with gold": ("{:.2f}", lambda r: r["Spearman"]),
+        "NLL of labels": ("{:.2f}", lambda r: r["calibration"]["raw"]["nll"]),
+        "gold, best of 256": ("{:.1f}", lambda r: r["best of n"][-1]),
+    }
+    text = "| | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 1) + "\n"
+    runs = [r for r in records if (r["experiment"], r["epochs"]) == ("reward", LONG)]
+    for place, (arm, cells) in enumerate(compared(runs, {key: f for key, (_, f) in columns.items()}).items()):
+        texts = [form.format(own.mean()) for (form, _), (own, _) in zip(columns.values(), cells)]
+        if place:
+            signed = [form.replace(":", ":+") for form, _ in columns.values()]
+            texts[2:] = [
+                f"{form.format(d.mean())} [{', '.join(map(form.format, bootstrap(d)))}]"
+                for form, (_, d) in zip(signed[2:], cells[2:])
+            ]
+        text += f"| `{arm}` | " + " | ".join(texts) + " |\n"
+    return text
 
 
 def at(record: dict, root_kl: float, name: str) -> float:
@@ -546,38 +584,39 @@ def at(record: dict, root_kl: float, name: str) -> float:
 
 def tables(records: list[dict]) -> None:
     of = {name: [r for r in records if r["experiment"] == name] for name in EXPERIMENTS}
-    if of["embedded"]:
-        names = ["accuracy", "gold accuracy", "Spearman", "largest margin", "near copies, m > 5"]
-        table("Embedded task, 5 epochs", of["embedded"], {name: lambda r, n=name: r[n] for name in names})
+    names = ["accuracy", "gold accuracy", "Spearman", "largest margin", "near copies, m > 5"]
+    table("Embedded task, 5 epochs", of["embedded"], {name: lambda r, n=name: r[n] for name in names})
     for epochs in sorted({r["epochs"] for r in of["reward"]}):
         runs = [r for r in of["reward"] if r["epochs"] == epochs]
-        names = ["accuracy", "gold accuracy", "gold accuracy, far", "gold accuracy, near", "Spearman", "margin p99",
-                 "σ₀", "score and length", "|Δ|/σ₀ at equal gold", "|Δ|/σ₀ of near copies"]  # fmt: skip
-        table(f"Reward models, {epochs} epochs", runs, {name: lambda r, n=name: r[n] for name in names})
         binds = {f"m > {part}, {where}": lambda r, k=key, w=where: r[f"binds {w}"][k]
                  for key, part in (("half", "δ*/2"), ("whole", "δ*")) for where in ("in training", "held out")}
         table(f"How often the bound binds (none, smoothing: cos_sim's), {epochs} epochs", runs, binds)
-        quarters = {f"quarter {q} of s": lambda r, q=q: r[f"gold accuracy, quarter {q}"] for q in (1, 2, 3, 4)}
-        table(f"Gold accuracy by similarity, {epochs} epochs", runs, quarters)
+        share = np.mean([r["binds in training"]["half"] for r in runs if r["arm"] == "none"])
+        print(f"\nThe bound is {'idle' if share < 0.05 else 'at work'}: `none` has m > δ*/2 in {share:.1%} of the pairs.")
+        names = ["accuracy", "gold accuracy", "gold accuracy, far", "gold accuracy, near", "Spearman", "margin p99",
+                 "σ₀", "score and length", "|Δ|/σ₀ at equal gold", "|Δ|/σ₀ of near copies"]  # fmt: skip
+        table(f"Reward models, {epochs} epochs", runs, {name: lambda r, n=name: r[n] for name in names})
+        quarters = {f"{kind}, quarter {q} of s": lambda r, n=f"{kind}, quarter {q}": r.get(n, np.nan)
+                    for kind in ("accuracy", "gold accuracy") for q in (1, 2, 3, 4)}  # fmt: skip
+        table(f"Accuracy by similarity, {epochs} epochs", runs, quarters)
         kinds = {f"{figure} {kind}": lambda r, k=kind, f=figure: r["calibration"][k][f]
                  for figure in ("nll", "brier", "ece") for kind in ("raw", "linked", "tempered")}
         table(f"Calibration on held-out labels, {epochs} epochs", runs, kinds)
         best = {f"{what}, n = {n}": lambda r, w=what, i=BEST_OF.index(n): r[w][i]
-                for what in ("best of n", "proxy") for n in (4, 16, 64, 256)}  # fmt: skip
+                for what in ("best of n", "proxy") for n in BEST_OF[2::2]}  # fmt: skip
         table(f"Best of n: gold, and the model's own score / σ₀, {epochs} epochs", runs, best)
-    if of["ppo"]:
-        last = {name: lambda r, n=name: float(np.mean(r[n][-3:])) for name in ("growth", "G", "kl", "gold")}
-        last |= {"best gold": lambda r: max(r["gold"]), "at step": lambda r: r["steps"][int(np.argmax(r["gold"]))]}
-        last |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1, 2, 3)}
-        table("PPO, last 30 of 160 steps", of["ppo"], last)
-        for units, both in (("cos_sim's", ("none/other", "cos_sim/own")), ("none's", ("none/own", "cos_sim/other"))):
-            runs = sorted((r for r in of["ppo"] if r["arm"] in both), key=lambda r: both.index(r["arm"]))
-            table(f"PPO in {units} units", runs, last)
-    if of["dpo"]:
-        last = {name: lambda r, n=name: r[n][-1] for name in ("kl", "gold")} | {"best gold": lambda r: max(r["gold"])}
-        last |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1, 2)}
-        table("DPO", of["dpo"], last)
-    for epochs in (1, 3) if of["real"] else ():
+    last = {name: lambda r, n=name: float(np.mean(r[n][-3:])) for name in ("growth", "G", "kl", "gold")}
+    last |= {"best gold": lambda r: max(r["gold"]), "at step": lambda r: r["steps"][int(np.argmax(r["gold"]))]}
+    last |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1, 2, 3)}
+    table("PPO, last 30 of 160 steps", of["ppo"], last)
+    pairs = {"in cos_sim's units": ("none/other", "cos_sim/own"), "in none's units": ("none/own", "cos_sim/other"),
+             "without the clip": ("none/own/no clip", "cos_sim/own/no clip")}  # fmt: skip
+    for how, both in pairs.items():
+        table(f"PPO {how}", [r for r in of["ppo"] if r["arm"] in both], last)
+    last = {name: lambda r, n=name: r[n][-1] for name in ("kl", "gold")} | {"best gold": lambda r: max(r["gold"])}
+    last |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1, 2)}
+    table("DPO", of["dpo"], last)
+    for epochs in sorted({r["epochs"] for r in of["real"]}):
         runs = [r for r in of["real"] if r["epochs"] == epochs]
         names = ["accuracy", "Spearman", "Kendall", "margin p99", "σ₀", "train accuracy, last steps"]
         columns = {name: lambda r, n=name: r[n] for name in names}
@@ -595,6 +634,9 @@ def pictures(records: list[dict], folder: Path) -> None:
 
     def runs(experiment, arm, epochs):
         return [r for r in records if (r["experiment"], r["arm"], r["epochs"]) == (experiment, arm, epochs)]
+
+    def named(arm):
+        return arm.replace("/own", ", own units").replace("/other", ", the other's units")
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     free, bounded = (runs("embedded", arm, 5)[0]["points"] for arm in ("none", "cos_sim"))
@@ -618,31 +660,44 @@ def pictures(records: list[dict], folder: Path) -> None:
     left.plot(similarity[order], bound[order], color="C3", label="δ*")
     left.set(xlabel="similarity s", ylabel="margin m, held out", title=f"After {LONG} epochs")
     left.set_ylim(None, margin.max() * 2)
-    for arm, color, style in (("none/own", "C0", "-"), ("none/other", "C0", "--"), ("cos_sim/own", "C1", "-"),
-                              ("cos_sim/other", "C1", "--")):  # fmt: skip
+    curves = [(f"{loss}/{units}", color, style) for loss, color in (("none", "C0"), ("cos_sim", "C1"))
+              for units, style in (("own", "-"), ("other", "--")) if runs("ppo", f"{loss}/{units}", LONG)]  # fmt: skip
+    for arm, color, style in curves:
         some = runs("ppo", arm, LONG)
         root = np.sqrt(np.maximum(np.mean([r["kl"] for r in some], 0), 0))
         for axis, name in ((middle, "G"), (right, "gold")):
-            axis.plot(root, np.mean([r[name] for r in some], 0), style, color=color, label=arm.replace("/", ", "))
+            axis.plot(root, np.mean([r[name] for r in some], 0), style, color=color, label=named(arm))
     middle.set(xlabel="√KL", title="PPO: growth of the score / σ₀")
     right.set(xlabel="√KL", title="PPO: gold score")
     for axis in (left, middle):
         axis.legend(markerscale=2)
     figure.savefig(folder / "evidence.png", dpi=110)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
+    (sure, best), (score, direct) = axes
     for color, arm in enumerate(("none", "cos_sim", "len_rat", "fixed", "smoothing")):
-        some = runs("reward", arm, LONG)
+        if not (some := runs("reward", arm, LONG)):
+            continue
         points = np.array(sorted(point for r in some for point in r["reliability"]))
-        middle = np.array([part.mean(0) for part in np.array_split(points, 10)])
-        left.plot(*middle.T, "o-", markersize=3, color=f"C{color}", label=arm)
+        means = np.array([part.mean(0) for part in np.array_split(points, 10)])
+        sure.plot(*means.T, "o-", markersize=3, color=f"C{color}", label=arm)
         n = np.array(BEST_OF)
-        right.plot(np.log(n) - (n - 1) / n, np.mean([r["best of n"] for r in some], 0), color=f"C{color}", label=arm)
-    left.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=0.8)
-    left.set(xlabel="σ(|m|)", ylabel="share that the label agrees with", title=f"Reliability, {LONG} epochs")
-    right.set(xlabel="KL = log n - (n - 1) / n", title="Gold score of the best of n")
-    left.legend()
-    figure.savefig(folder / "calibration.png", dpi=110)
+        best.plot(np.log(n) - (n - 1) / n, np.mean([r["best of n"] for r in some], 0), color=f"C{color}", label=arm)
+    sure.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=0.8)
+    sure.set(xlabel="σ(|m|)", ylabel="share that the label agrees with", title=f"Reliability, {LONG} epochs")
+    best.set(xlabel="KL = log n - (n - 1) / n", title=f"Gold score of the best of n, {LONG} epochs")
+    for arm, color, style in curves:
+        some = runs("ppo", arm, LONG)
+        score.plot(some[0]["steps"], np.mean([r["growth"] for r in some], 0), style, color=color, label=named(arm))
+    score.set(xlabel="PPO step", title="PPO: growth of the score, as it is")
+    for color, arm in enumerate(DPO_ARMS):
+        if some := runs("dpo", arm, 0):
+            root = np.sqrt(np.maximum(np.mean([r["kl"] for r in some], 0), 0))
+            direct.plot(root, np.mean([r["gold"] for r in some], 0), "o-", markersize=3, color=f"C{color}", label=arm)
+    direct.set(xlabel="√KL", title="DPO: gold score")
+    for axis in (sure, score, direct):
+        axis.legend()
+    figure.savefig(folder / "details.png", dpi=110)
 
 
 def main() -> None:
@@ -665,6 +720,7 @@ def main() -> None:
     make(args)
     records = lines(args.results)
     tables(records)
+    print("\n" + summary(records))
     if args.pictures:
         pictures(records, args.pictures)
 

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+import common
 import evidence
 import toy_data
 
@@ -93,4 +94,70 @@ def test_shares_over_a_bound():
 
 
 def test_intervals_hold_the_mean():
-    assert evidence.interval(np.array([1.0, 1.0, 1.0])) == "+1 [+1, +1]"
+    assert evidence.bootstrap(np.array([1.0, 1.0, 1.0])) == (1, 1)
+
+
+# ---------------------------------------------------------------- from runs to the README
+
+
+def test_differences_are_paired():
+    """Seeds 1 and 2 of `none` and 2 and 3 of `cos_sim`, in another order: one difference, that of seed 2."""
+    rows = [dict(arm=arm, seed=seed, x=x) for arm, seed, x in (("cos_sim", 3, 7.0), ("cos_sim", 2, 5.0),
+            ("none", 2, 1.0), ("none", 1, 3.0))]  # fmt: skip
+    found = evidence.compared(rows, {"x": lambda row: row["x"]})
+    assert list(found) == ["none", "cos_sim"]
+    assert sorted(found["cos_sim"][0][0]) == [5, 7] and list(found["cos_sim"][0][1]) == [4]
+
+
+def test_a_curve_at_a_root_kl():
+    record = {"kl": [0.0, 4.0, 1.0], "gold": [0.0, 3.0, 1.0]}
+    assert evidence.at(record, 1.5, "gold") == pytest.approx(2) and np.isnan(evidence.at(record, 2.5, "gold"))
+
+
+def test_the_readme_is_that_of_the_results():
+    """Its table stands there as the results file makes it; no run is there twice."""
+    records = evidence.lines(evidence.ROOT / "tests" / "evidence.jsonl")
+    names = [(r["experiment"], r["arm"], r["seed"], r["epochs"]) for r in records]
+    assert len(set(names)) == len(names) and {arm for _, arm, _, _ in names} <= set(evidence.ARMS)
+    assert evidence.summary(records) in (evidence.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_experiment_runs(toy, tmp_path, monkeypatch, capsys):
+    """Two steps of each run on a few pairs, then all tables and pictures; a second call has nothing to do."""
+    monkeypatch.setattr(evidence, "PAIRS", {"train": 32, "eval": 16})
+    monkeypatch.setattr(evidence, "LONG", 1)
+    monkeypatch.setattr(evidence, "POOL", 4)
+    monkeypatch.setattr(evidence, "BEST_OF", [1, 2, 4])
+    monkeypatch.setattr(evidence, "ANSWERS", 1)
+    parse, parsed = common.parse_args, []
+
+    def few(script, preset, argv):
+        parsed.append(argv)
+        return parse(script, preset, [*argv, "--max_steps", "2"])
+
+    monkeypatch.setattr(common, "parse_args", few)
+    monkeypatch.setattr(evidence, "REAL_ARMS", ["none"])
+    evidence.build(tmp_path / "more", 1)
+    pairs = [tmp_path / "more" / f"pairs_{split}.jsonl" for split in ("train", "eval")]
+    argv = f"--seeds 1 --epochs 1 --results {tmp_path}/all.jsonl --folder {tmp_path}/runs --pictures {tmp_path} "
+    argv += f"--model {toy} --data {pairs[0]} --eval_data {pairs[1]} --pairs 32"
+    arms = "none;cos_sim;smoothing;none/own;cos_sim/other;none/own/no clip;IPO"
+    monkeypatch.setattr("sys.argv", ["evidence.py", *argv.split(), "--arms", arms])
+    evidence.main()
+    records, first = evidence.lines(tmp_path / "all.jsonl"), capsys.readouterr().out
+    found = [(r["experiment"], r["arm"]) for r in records]
+    assert found == [("embedded", "none"), ("embedded", "cos_sim"),
+                     ("reward", "none"), ("reward", "cos_sim"), ("reward", "smoothing"),
+                     ("ppo", "none/own"), ("ppo", "cos_sim/other"), ("ppo", "none/own/no clip"),
+                     ("dpo", "none"), ("dpo", "cos_sim"), ("dpo", "smoothing"), ("dpo", "IPO"),
+                     ("real", "none")]  # fmt: skip
+    by = dict(zip(found, records))
+    own, other = (by["ppo", arm]["σ₀"] for arm in ("none/own", "cos_sim/other"))
+    assert own == other  # cos_sim's score in the units of none
+    assert by["reward", "none"]["σ₀"] == own and by["reward", "cos_sim"]["σ₀"] != own
+    assert {"margins.png", "evidence.png", "details.png"} <= {path.name for path in tmp_path.iterdir()}
+    made = len(parsed)
+    evidence.main()
+    assert len(parsed) == made and evidence.lines(tmp_path / "all.jsonl") == records
+    tables = [text[text.index("Embedded task") :] for text in (first, capsys.readouterr().out)]
+    assert tables[0] == tables[1]

@@ -64,6 +64,12 @@ def test_the_two_commands():
     assert re.search(r"-m pytest [^\n]*", README)[0] in run
 
 
+def test_size():
+    """A page: 220 lines of at most 120 characters, 16 KiB."""
+    assert len(README.splitlines()) <= 220 and len(README.encode()) <= 16 * 1024
+    assert max(map(len, README.splitlines())) <= 120
+
+
 # ---------------------------------------------------------------- names
 
 
