@@ -478,11 +478,14 @@ def real_record(args, seed: int, arm: str, epochs: int) -> dict:
 
 
 def rounded(value):
+    """For the results file: four digits, null for what is NaN."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float | np.floating) else value
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.4g}") if np.isfinite(value) else None
+    return value
 
 
 def jobs(args) -> list[tuple]:
@@ -528,7 +531,8 @@ def compared(records: list[dict], columns: dict) -> dict[str, list[tuple[np.ndar
     for record in sorted(records, key=lambda record: ARMS.index(record["arm"])):
         each = values.setdefault(record["arm"], [{} for _ in columns])
         for column, known in zip(columns.values(), each):
-            known[record["seed"]] = column(record)
+            value = column(record)
+            known[record["seed"]] = np.nan if value is None else value
     first, result = next(iter(values.values()), None), {}
     for arm, each in values.items():
         differences = [np.array([own[s] - base.get(s, np.nan) for s in own]) for own, base in zip(each, first)]

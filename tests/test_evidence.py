@@ -117,6 +117,7 @@ def test_a_curve_at_a_root_kl():
 def test_the_readme_is_that_of_the_results():
     """Its table stands there as the results file makes it; no run is there twice."""
     records = evidence.lines(evidence.ROOT / "tests" / "evidence.jsonl")
+    assert "NaN" not in (evidence.ROOT / "tests" / "evidence.jsonl").read_text(encoding="utf-8")
     names = [(r["experiment"], r["arm"], r["seed"], r["epochs"]) for r in records]
     assert len(set(names)) == len(names) and {arm for _, arm, _, _ in names} <= set(evidence.ARMS)
     assert evidence.summary(records) in (evidence.ROOT / "README.md").read_text(encoding="utf-8")
