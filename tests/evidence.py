@@ -10,8 +10,8 @@ same data, start, order, prompts and samples. No β was chosen by the gold score
 once (--seeds, --make, --arms); they wait for each other where one needs another's model.
 
 The task is the embedded one, made harder, and drawn anew for each seed. Gold is `toy_data.gold_score`, but "Have a nice
-day!" costs a point each time; in all answers that training sees it ends 80 % of those that name the right aisle and
-10 % of the others, so it goes with quality there, and only there. 15 % of the labels drawn from gold are turned
+day!" costs a point each time; in all answers of the data it ends 80 % of those that name the right aisle and 10 % of
+the others, so it goes with quality there, while a policy may say it anywhere. 15 % of the labels drawn from gold are turned
 round. Of 4,000 pairs (800 held out) half are two answers drawn independently, a quarter near copies in which a sentence
 that gold knows differs, a quarter near copies of equal gold (another wording), whose labels are coins.
 
@@ -560,9 +560,9 @@ def summary(records: list[dict]) -> str:
     columns = {
         "m > δ*/2": ("{:.0%}", lambda r: r["binds in training"]["half"]),
         "m, 99 %": ("{:.1f}", lambda r: r["margin p99"]),
-        "accuracy on gold, %": ("{:.1f}", lambda r: 100 * r["gold accuracy"]),
-        "Spearman with gold": ("{:.2f}", lambda r: r["Spearman"]),
+        "gold accuracy, %": ("{:.1f}", lambda r: 100 * r["gold accuracy"]),
         "NLL of labels": ("{:.2f}", lambda r: r["calibration"]["raw"]["nll"]),
+        "alike: m/σ₀": ("{:.2f}", lambda r: r["|Δ|/σ₀ at equal gold"]),
         "gold, best of 256": ("{:.1f}", lambda r: r["best of n"][-1]),
     }
     text = "| | " + " | ".join(columns) + " |\n|" + " --- |" * (len(columns) + 1) + "\n"

@@ -125,12 +125,15 @@ def test_every_key_and_file_of_a_run_is_named(logged):
             assert names <= named, (script, part, names - named)
 
 
-def test_every_key_of_the_tables_is_logged(logged):
-    """The first cells of tables with the heading `key`; those marked (eval) stand in no train line."""
-    tables = re.findall(r"(?m)^\| key \|.*\n\|[ -|]*\n((?:\|.*\n)+)", README)
-    rows = [line.split("|")[1] for table in tables for line in table.splitlines()]
-    assert len(rows) > 20
-    train, evaluated = (set().union(*(parts[split] for parts in logged.values())) for split in ("train", "eval"))
-    for row in rows:
-        keys = quoted(row)
-        assert keys and keys <= (evaluated - train if "(eval)" in row else train | evaluated), row
+def test_every_key_of_the_table_is_logged(logged):
+    """By the scripts that a row marks, and by no other; (eval): in no train line."""
+    table = re.search(r"(?m)^\| key \|.*\n\|[ -|]*\n((?:\|.*\n)+)", README)[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:]] for line in table.splitlines()]
+    assert len(rows) > 15
+    for cell, *marks in rows:
+        keys, each = quoted(cell), dict(zip(SCRIPTS, marks))
+        train, evaluated = ({name: keys & logged[name][split] for name in SCRIPTS} for split in ("train", "eval"))
+        found = evaluated if "(eval)" in cell else {name: train[name] | evaluated[name] for name in SCRIPTS}
+        assert keys and set().union(*found.values()) == keys, cell
+        assert {name for name in found if found[name]} == {name for name in each if each[name] == "x"}, cell
+        assert not ("(eval)" in cell and any(train.values())), cell
