@@ -11,9 +11,9 @@ once (--seeds, --make, --arms); they wait for each other where one needs another
 
 The task is the embedded one, made harder, and drawn anew for each seed. Gold is `toy_data.gold_score`, but "Have a nice
 day!" costs a point each time; in all answers of the data it ends 80 % of those that name the right aisle and 10 % of
-the others, so it goes with quality there, while a policy may say it anywhere. 15 % of the labels drawn from gold are turned
-round. Of 4,000 pairs (800 held out) half are two answers drawn independently, a quarter near copies in which a sentence
-that gold knows differs, a quarter near copies of equal gold (another wording), whose labels are coins.
+the others, so it goes with quality there, while a policy may say it anywhere. 15 % of the labels drawn from gold are
+turned round. Of 4,000 pairs (800 held out) half are two answers drawn independently, a quarter near copies in which a
+sentence that gold knows differs, a quarter near copies of equal gold (another wording), whose labels are coins.
 
 Experiments
     embedded  the data of data/ as it is and reward.py's defaults (5 epochs), also with the loss on each token
