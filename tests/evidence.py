@@ -596,7 +596,8 @@ def tables(records: list[dict]) -> None:
                  for key, part in (("half", "δ*/2"), ("whole", "δ*")) for where in ("in training", "held out")}
         table(f"How often the bound binds (none, smoothing: cos_sim's), {epochs} epochs", runs, binds)
         share = np.mean([r["binds in training"]["half"] for r in runs if r["arm"] == "none"])
-        print(f"\nThe bound is {'idle' if share < 0.05 else 'at work'}: `none` has m > δ*/2 in {share:.1%} of the pairs.")
+        state = "idle" if share < 0.05 else "at work"
+        print(f"\nThe bound is {state}: `none` has m > δ*/2 in {share:.1%} of the training pairs.")
         names = ["accuracy", "gold accuracy", "gold accuracy, far", "gold accuracy, near", "Spearman", "margin p99",
                  "σ₀", "score and length", "|Δ|/σ₀ at equal gold", "|Δ|/σ₀ of near copies"]  # fmt: skip
         table(f"Reward models, {epochs} epochs", runs, {name: lambda r, n=name: r[n] for name in names})
