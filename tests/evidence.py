@@ -556,7 +556,7 @@ def table(title: str, records: list[dict], columns: dict) -> None:
 
 
 def summary(records: list[dict]) -> str:
-    """The README's table of the reward models that know labels by heart: of `none` the values, else differences."""
+    """The README's table of models that know labels by heart: values; from column 3, differences to `none`."""
     columns = {
         "m > δ*/2": ("{:.0%}", lambda r: r["binds in training"]["half"]),
         "m, 99 %": ("{:.1f}", lambda r: r["margin p99"]),
