@@ -229,12 +229,13 @@ def scores(folder: Path, rows: list[dict], answer: str = "answer") -> np.ndarray
     """A reward model's scores of rows with `prompt` and an answer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval().to(DEVICE)
-    texts = [sum(common.tokenize(tokenizer, row["prompt"], row[answer]), []) for row in rows]
-    order, result = sorted(range(len(texts)), key=lambda i: len(texts[i])), np.empty(len(texts))
-    for part in (order[i : i + 512] for i in range(0, len(order), 512)):
-        batch = tokenizer.pad({"input_ids": [texts[i] for i in part]}, padding_side="right", return_tensors="pt")
-        result[part] = model(**batch.to(DEVICE)).logits[:, 0].float().cpu().numpy()
-    return result
+    texts, result = [(row["prompt"], row[answer]) for row in rows], {}
+    ids = {text: sum(common.tokenize(tokenizer, *text), []) for text in dict.fromkeys(texts)}
+    order = sorted(ids, key=lambda text: len(ids[text]))
+    for part in (order[i : i + 64] for i in range(0, len(order), 64)):  # twice as fast as 512 on a CPU
+        batch = tokenizer.pad({"input_ids": [ids[text] for text in part]}, padding_side="right", return_tensors="pt")
+        result |= zip(part, model(**batch.to(DEVICE)).logits[:, 0].tolist())
+    return np.array([result[text] for text in texts])
 
 
 # ---------------------------------------------------------------- figures of a reward model
