@@ -521,7 +521,7 @@ def make(args) -> None:
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean over the seeds."""
+    """The interval of the mean over the seeds: 95 % of the draws. It is narrow: of five seeds 84 % hold the truth."""
     draws = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
     return tuple(np.quantile(draws, (0.025, 0.975)))
 
@@ -601,7 +601,12 @@ def tables(records: list[dict]) -> None:
         print(f"\nThe bound is {state}: `none` has m > δ*/2 in {share:.1%} of the training pairs.")
         names = ["accuracy", "gold accuracy", "gold accuracy, far", "gold accuracy, near", "Spearman", "margin p99",
                  "σ₀", "score and length", "|Δ|/σ₀ at equal gold", "|Δ|/σ₀ of near copies"]  # fmt: skip
-        table(f"Reward models, {epochs} epochs", runs, {name: lambda r, n=name: r[n] for name in names})
+        columns = {name: lambda r, n=name: r[n] for name in names}
+        table(f"Reward models, {epochs} epochs", runs, columns)
+        columns |= {"best of 256": lambda r: r["best of n"][-1], "nll": lambda r: r["calibration"]["raw"]["nll"]}
+        for prior in ("len_rat", "cos_sim"):  # what the prior itself does
+            both = [r for r in runs if r["arm"].removesuffix("+shuffle") == prior]
+            table(f"{prior} and its own bounds, dealt to other pairs, {epochs} epochs", both, columns)
         quarters = {f"{kind}, quarter {q} of s": lambda r, n=f"{kind}, quarter {q}": r.get(n, np.nan)
                     for kind in ("accuracy", "gold accuracy") for q in (1, 2, 3, 4)}  # fmt: skip
         table(f"Accuracy by similarity, {epochs} epochs", runs, quarters)

@@ -97,6 +97,12 @@ def test_intervals_hold_the_mean():
     assert evidence.bootstrap(np.array([1.0, 1.0, 1.0])) == (1, 1)
 
 
+def test_intervals_of_five_seeds_hold_the_truth_84_times_in_100():
+    samples = np.random.default_rng(1).normal(size=(600, 5))
+    held = [low <= 0 <= high for low, high in map(evidence.bootstrap, samples)]
+    assert np.mean(held) == pytest.approx(0.84, abs=0.04)
+
+
 # ---------------------------------------------------------------- from runs to the README
 
 
