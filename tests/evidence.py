@@ -621,7 +621,7 @@ def tables(records: list[dict]) -> None:
     last |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1, 2, 3)}
     table("PPO, last 30 of 160 steps", of["ppo"], last)
     pairs = {"in cos_sim's units": ("none/other", "cos_sim/own"), "in none's units": ("none/own", "cos_sim/other"),
-             "in its own units": ("none/own", "cos_sim/own")}  # fmt: skip
+             "in their own units": ("none/own", "cos_sim/own")}  # fmt: skip
     pairs |= {f"{how}, without the clip": [f"{arm}/no clip" for arm in both] for how, both in pairs.items()}
     for how, both in pairs.items():
         table(f"PPO {how}", [r for r in of["ppo"] if r["arm"] in both], last)
