@@ -127,14 +127,15 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
 
 def check_flags(args, outputs: tuple[str, ...]) -> None:
     """InputError for a value out of range, and for results that must not be replaced; before any work."""
-    counts = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every minibatches"
+    counts = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every keep minibatches"
     at_least = dict.fromkeys(f"{counts} ppo_epochs".split(), 1) | {"temperature": 1e-3}  # others 0
     at_most = dict(label_smoothing=0.5, gamma=1, gae_lambda=1)
     for name, value in vars(args).items():
         least, most = at_least.get(name, 0), at_most.get(name, sys.float_info.max)
         if isinstance(value, int | float) and not re.search("beta[123]|_bound|random_|local_rank", name):  # priors.py's
             if not least <= value <= most:
-                limit = f"at most {most}" if value > most and name in at_most else f"at least {least}"
+                limit = f"at most {most}" if name in at_most and value > most else "a finite number"
+                limit = f"at least {least}" if value < least else limit
                 raise InputError(f"--{name} is {value}, but must be {limit}")
     if getattr(args, "shuffle_bounds", False) and args.constraint in ("none", "random", "fixed"):
         raise InputError(f"--shuffle_bounds is for the bounds of a prior, but --constraint {args.constraint} has none")
@@ -251,8 +252,9 @@ def start(seed: int) -> Process:
     else:
         deepspeed.ops.__compatible_ops__ = {}  # else init_distributed compiles a C++ all-reduce, for over a minute
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local_ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1  # deepspeed's, torchrun's
-        torch.set_num_threads(max(1, cores // int(local_ranks)))
+        names = "LOCAL_SIZE LOCAL_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_SIZE SLURM_STEP_TASKS_PER_NODE"  # of each launcher
+        local_ranks = [re.match(r"\d+", os.environ.get(name, "")) for name in names.split()]
+        torch.set_num_threads(max(1, cores // int(next(filter(None, local_ranks), [1])[0])))
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             # Keep large blocks that are freed: activations come back each step, and mapping them anew is slow.
             for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -318,12 +320,13 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 def accumulation_steps(args, process: Process) -> int:
     """Micro batches per optimizer step. A micro batch is cut down to a rank's share of that step's batch."""
     share, rest = divmod(args.global_batch_size, process.world_size * getattr(args, "minibatches", 1))
-    args.micro_batch_size = min(args.micro_batch_size, share)
-    if rest or args.micro_batch_size < 1 or share % args.micro_batch_size:
-        names = [name for name in ("minibatches", "micro_batch_size") if hasattr(args, name)]
+    size = min(args.micro_batch_size, share)
+    if rest or share % max(size, 1) or not share:
+        names = ["minibatches"] * hasattr(args, "minibatches") + ["micro_batch_size"] * (not rest and share > 0)
         parts = " x ".join([f"{process.world_size} ranks", *[f"--{name} {getattr(args, name)}" for name in names]])
         raise InputError(f"--global_batch_size {args.global_batch_size} is not a multiple of {parts}: change one")
-    return share // args.micro_batch_size
+    args.micro_batch_size = size
+    return share // size
 
 
 # ---------------------------------------------------------------- files and caches
@@ -581,7 +584,7 @@ class Checkpoints:
                 raise InputError(failures[0])
             state = json.dumps(state | {"identity": self.process.rank == 0 and self.identity})
             on_rank_0(self.process, lambda: write_file(part / "state.json", state))
-        for old in whole(self.folder)[: -max(self.args.keep, 1)] if self.process.rank == 0 else ():
+        for old in whole(self.folder)[: -self.args.keep] if self.process.rank == 0 else ():
             with optional(old, "cannot be removed"):
                 shutil.rmtree(old.rename(f"{old}.part"))  # killed in here, it does not look whole
 
@@ -698,15 +701,16 @@ def read_file(path: Path) -> list[dict]:
 
 
 def text(row: dict, name: str) -> str | list[dict] | None:
-    """A text, or the turns of a conversation."""
+    """A text, or the turns of a conversation, which messages always are."""
     value = row.get(name)
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, str) and name != "messages":
         return value
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
         turns = [{key: turn.get(key) for key in ("role", "content")} for turn in value]
         if all(isinstance(string, str) for turn in turns for string in turn.values()):
             return turns
-    raise ValueError(f"{name} is {value!r:.80}, but must be text, or a list of turns with role and content")
+    wanted = "text, or " * (name != "messages") + "a list of turns with role and content"
+    raise ValueError(f"{name} is {value!r:.80}, but must be {wanted}")
 
 
 class Rendered(str):
@@ -743,11 +747,12 @@ def from_turns(tokenizer, prompt: str | list[dict] | None, *answers: list[dict])
     return Rendered(start), *[re.sub(rf"({eos})\s*\Z", r"\1", one.removeprefix(start)) for one in whole]
 
 
-def prompt_of(row: dict, tokenizer=None) -> str | None:
-    """The prompt of a row: as it stands, or an instruction or a post in the paper's wording."""
+def prompt_of(row: dict, tokenizer=None) -> str | list[dict] | None:
+    """The prompt of a row: as it stands (turns, given a tokenizer: as text), or an instruction or a post in the paper's
+    wording. The row has the columns of one format (see check_columns)."""
     if "messages" in row or "prompt" in row:
         prompt = text(row, "messages" if "messages" in row else "prompt")
-        if isinstance(prompt, list):
+        if isinstance(prompt, list) and tokenizer:
             return from_turns(tokenizer, prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt)[0]
         return prompt
     if "instruction" in row:
@@ -766,7 +771,7 @@ def prompt_of(row: dict, tokenizer=None) -> str | None:
 def preference_of(row: dict, tokenizer=None) -> tuple[str, str, str]:
     """Prompt, chosen and rejected response of a row in any known format."""
     alpaca_farm, comparison = "instruction[/input]/output_1/output_2/preference", "info/summaries/choice"
-    check_columns(row, "[prompt/]chosen/rejected", alpaca_farm, comparison)
+    row = check_columns(row, "[prompt/]chosen/rejected", alpaca_farm, comparison)
     if "chosen" in row:
         prompt, chosen, rejected = (text(row, name) for name in ("prompt", "chosen", "rejected"))
         if isinstance(chosen, list) and isinstance(rejected, list):
@@ -793,21 +798,23 @@ def preference_of(row: dict, tokenizer=None) -> tuple[str, str, str]:
 
 def demonstration_of(row: dict, tokenizer=None) -> tuple[str, str]:
     """Prompt and completion of a row in any known format."""
-    check_columns(row, "prompt/completion", "messages", "instruction[/input]/output", "post/summary")
-    name = next(name for name in ("completion", "messages", "output", "summary") if name in row)
-    answer = text(row, name)
+    row = check_columns(row, "prompt/completion", "messages", "instruction[/input]/output", "post/summary")
+    answer = text(row, [*row][-1])
     if isinstance(answer, list):
         if answer[-1]["role"] != "assistant":
             raise Unusable("no answer at the end")
-        return check_texts(*from_turns(tokenizer, text(row, "prompt") if name == "completion" else None, answer))
+        return check_texts(*from_turns(tokenizer, text(row, "prompt"), answer))
     return check_texts(prompt_of(row), answer)
 
 
-def check_columns(row: dict, *formats: str) -> None:
-    """ValueError unless the row has the columns of one format, such as "prompt/completion"; [optional] ones aside."""
-    if not any(set(re.sub(r"\[.*?\]", "", columns).split("/")) <= row.keys() for columns in formats):
-        wanted = ", or ".join(columns.replace("[", "").replace("]", "") for columns in formats)
-        raise ValueError(f"the columns are {', '.join(row)}, but must be {wanted}")
+def check_columns(row: dict, *formats: str) -> dict:
+    """The columns of the first format that the row has, such as "prompt/completion", [optional] ones if they are there;
+    no other column may meddle. ValueError if it has none."""
+    for columns in formats:
+        if set(re.sub(r"\[.*?\]", "", columns).split("/")) <= row.keys():
+            return {name: row[name] for name in re.findall(r"\w+", columns) if name in row}
+    wanted = ", or ".join(columns.replace("[", "").replace("]", "") for columns in formats)
+    raise ValueError(f"the columns are {', '.join(row)}, but must be {wanted}")
 
 
 def check_texts(prompt: str | None, *responses: str | None) -> tuple[str, ...]:
@@ -870,19 +877,16 @@ def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, dataset
         held_out = load_rows("--eval_dataset", args.eval_dataset, "test", encode, process)
         rows = load_rows("--dataset", args.dataset, "train", encode, process) if args.epochs else held_out.select([])
         return rows, held_out
-    rows, same_prompt, held_out = load_rows("--dataset", args.dataset, "train", encode, process), {}, []
-    for i, prompt in enumerate(rows["prompt"][:]):
-        same_prompt.setdefault(prompt, []).append(i)
-    groups = list(same_prompt.values())
-    if len(groups) == 1 and args.epochs:
+    rows = load_rows("--dataset", args.dataset, "train", encode, process)
+    names = list(dict.fromkeys(prompts := rows["prompt"][:]))
+    if len(names) == 1 and args.epochs:
         raise InputError(f"--dataset {args.dataset} has one prompt, so none can be held out: pass --eval_dataset")
-    groups = [groups[i] for i in np.random.default_rng(args.seed).permutation(len(groups))]
-    for count, group in enumerate(groups, 1):  # all rows of a prompt on one side
-        held_out += group
-        if len(held_out) >= min(500, len(rows) / 10):
-            break
-    process.print(f"held out: {len(held_out)} rows, all those of {count} of {len(groups)} prompts")
-    return rows.select([i for group in groups[count:] for i in group if args.epochs]), rows.select(held_out)
+    place = {names[i]: k for k, i in enumerate(np.random.default_rng(args.seed).permutation(len(names)))}
+    order = sorted(range(len(rows)), key=lambda row: place[prompts[row]])  # all rows of a prompt on one side
+    count = place[prompts[order[math.ceil(min(500, len(rows) / 10)) - 1]]] + 1  # prompts
+    held_out = sum(place[prompt] < count for prompt in prompts)  # rows
+    process.print(f"held out: {held_out} rows, all those of {count} of {len(names)} prompts")
+    return rows.select(order[held_out:] if args.epochs else []), rows.select(order[:held_out])
 
 
 def load_rows(flag: str, name: str, split: str, encode, process: Process) -> datasets.Dataset:
@@ -900,7 +904,8 @@ def load_rows(flag: str, name: str, split: str, encode, process: Process) -> dat
         with reading(flag, name):
             path, wanted, files = find_files(name)
         files = files or sorted(file for file in Path(path).rglob("*") if file.is_file())
-        content = [digest(files) if files else read_all()._fingerprint, wanted or split]  # not a name, nor a time
+        content = [digest(files) if files else read_all()._fingerprint, wanted or split]  # not the path, nor a time
+        content += [str(file.relative_to(path)) for file in files if Path(path).is_dir()]  # they name the splits
         content += [{key: value for key, value in encode.keywords.items() if key != "tokenizer"}]
         content += [model_version(encode.keywords["tokenizer"].name_or_path, weights=False)]
         content += [digest([__file__, encode.func.__code__.co_filename])]
@@ -1239,6 +1244,18 @@ def check_tokenizer(flag: str, path: str, tokenizer, flag_of_tokenizer: str, tru
         raise InputError(f"{what} EOS token, {other.eos_token!r}, {own}, {tokenizer.eos_token!r}")
 
 
+def encoder_of_training(args, otherwise: str) -> tuple[str, str]:
+    """--encoder and --encoder_pooling. Without the former `otherwise`, the model that training starts from; but for
+    evaluation alone, what gave the bounds of the model's training, as the args.json beside it says."""
+    if not (args.encoder or args.epochs):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            trained = json.loads((Path(args.model).parent / "args.json").read_text(encoding="utf-8"))
+            return trained["encoder"] or trained["model"], trained["encoder_pooling"]
+    if not (args.encoder or otherwise):
+        raise InputError("--constraint cos_sim with --epochs 0 needs the --encoder of training")
+    return args.encoder or otherwise, args.encoder_pooling
+
+
 def zero_stage(args) -> int:
     """At stage 0 DeepSpeed's 16 bit optimizer would step once on no gradient; 16 bits run at stage 1 instead."""
     return max(args.zero_stage, int(args.dtype != "fp32"))
@@ -1441,6 +1458,8 @@ def check_model(engine, model, args, process: Process) -> bool:
     engine.train()
     apart = outputs(False)  # 5 of chosen, 5 of rejected
     rounding = 1e-3 if args.dtype == "fp32" else 0.05
+    if not apart.isfinite().all():
+        raise InputError(f"{name} gives what is not finite: its weights are broken, or too large for {args.dtype}")
     if differ(apart, outputs(False), rounding):
         raise InputError(f"{name}: scores change from one pass to the next; something in it is random in training")
     if differ(apart[:2], apart[5:7], rounding):
@@ -1515,14 +1534,14 @@ def optimizer_step(step: int, losses: list[torch.Tensor], *engines) -> list[floa
     finite = torch.stack(losses).isfinite().all().float()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:
-        raise InputError(f"step {step}: the loss is not finite, and no weight was changed by this step: {remedy}")
+        raise InputError(f"step {step}: the loss is not finite, and has changed no weight: {remedy}")
     norms = {}
     for engine, args in engines:
         if zero_stage(args) == 0:  # the engine neither reports nor checks it here
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             norms[engine] = float(torch.nn.utils.get_total_norm(gradients))
             if not math.isfinite(norms[engine]):
-                raise InputError(f"step {step}: the gradient is not finite, and no weight was changed: {remedy}")
+                raise InputError(f"step {step}: the gradient is not finite, and has changed no weight: {remedy}")
     for engine, args in engines:
         skipped = engine.skipped_steps
         try:

@@ -8,7 +8,7 @@
 8 GPUs        deepspeed --num_gpus 8 dpo.py --task alpaca --constraint cos_sim --model <SFT model>
 evaluate      python dpo.py --epochs 0 --model <DPO model> --ref_model <SFT model> --eval_dataset pairs.jsonl
 
-Input: preference pairs (JSON, JSONL, Parquet, a folder, a Hub id) with the columns prompt/chosen/rejected, or
+Input: preference pairs (JSON, JSONL, CSV, Parquet, a folder, a Hub id) with the columns [prompt/]chosen/rejected, or
 instruction/input/output_1/output_2/preference (AlpacaFarm), or info/summaries/choice (summarize_from_feedback).
 Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, eval.jsonl (a line per held-out pair), margins.png,
 generations.json (sampled answers to held-out prompts, as AlpacaEval reads them) and model/, which
@@ -253,7 +253,8 @@ def main(args: Args) -> None:
     args.ref_model = args.ref_model or args.model
     if not args.epochs and args.ref_model == args.model:
         process.print("warning: the policy is its own reference, so every margin is 0: pass --ref_model")
-    args.encoder = args.encoder or args.ref_model  # not the policy: in evaluation alone that is the trained one
+    if args.constraint == "cos_sim":  # not the policy: in evaluation alone that is the trained one
+        args.encoder, args.encoder_pooling = common.encoder_of_training(args, args.ref_model)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     common.check_tokenizer("--ref_model", args.ref_model, tokenizer, "--model", args.trust_remote_code)
 

@@ -11,7 +11,7 @@
 Four models: policy and frozen reference from --policy_model, critic and frozen reward model from --reward_model, which
 brings its constraint (reward.py --constraint). A step is one rollout: --global_batch_size prompts over all ranks are
 answered once; each of its --minibatches is one optimizer step of both engines.
-Input: prompts (JSON, JSONL, Parquet, a folder, a Hub id) with the column prompt, messages, instruction/input, or post.
+Input: prompts (JSON, JSONL, CSV, Parquet, a folder, a Hub id): a column prompt, messages, instruction/input, or post.
 Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, ppo.png (score, KL and length over steps),
 generations.json (answers to held-out prompts, as AlpacaEval reads them) and model/, which
 `AutoModelForCausalLM.from_pretrained` loads.
@@ -78,7 +78,7 @@ class Args:
     global_batch_size: int = 48  # Prompts per step, over all ranks and micro batches.
     policy_zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards of the policy: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
-    critic_zero_stage: Literal[0, 1, 2, 3] = 0  # The same of the critic. At 3 the frozen models are sharded too.
+    critic_zero_stage: Literal[0, 1, 2, 3] = 0  # The same of critic, reward and judge model.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
@@ -194,7 +194,7 @@ class Rollout:
 
 def encode_prompt(row: dict, tokenizer, max_prompt_length: int) -> dict:
     """The columns of a prompt: its text and its tokens."""
-    common.check_columns(row, "prompt", "messages", "instruction[/input]", "post")
+    row = common.check_columns(row, "messages", "instruction[/input]/output", "prompt", "instruction[/input]", "post")
     (prompt,) = common.check_texts(common.prompt_of(row, tokenizer))
     (prompt_ids,) = common.tokenize(tokenizer, prompt)
     if not prompt_ids:
@@ -232,12 +232,6 @@ def critic_values(critic, input_ids: torch.Tensor, labels: torch.Tensor) -> torc
     return critic(input_ids=input_ids, logits_to_keep=labels != common.NO_LABEL).logits
 
 
-def last_scores(scorer, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The reward model's score at the last token of each row, never at padding: (R,)."""
-    before_last = labels != common.NO_LABEL  # R T
-    return scorer(input_ids=input_ids, logits_to_keep=before_last.roll(1, 1) & ~before_last).logits
-
-
 def sample(engine, model, tokenizer, prompts: list[list[int]], seeds: list, args: Args, process) -> Rollout:
     """A response to each of this rank's prompts, drawn from the policy's own distribution."""
     rooms, size = [args.max_new_tokens] * len(prompts), 4 * args.micro_batch_size  # generation keeps no activations
@@ -267,7 +261,9 @@ def score(scorer, rollout: Rollout, args: Args, collator, process: common.Proces
     """A reward model's scores of all responses, (P,)."""
     result = torch.zeros(len(rollout.responses), device=process.device)
     for rows, inputs in micro_batches(rollout, range(len(result)), args, collator, process):
-        result[rows] = last_scores(scorer, **inputs)
+        before_last = inputs["labels"] != common.NO_LABEL  # R T
+        last = before_last.roll(1, 1) & ~before_last  # R T, the last token of each row, never padding
+        result[rows] = scorer(input_ids=inputs["input_ids"], logits_to_keep=last).logits
     finite = result.isfinite().all().float()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     if not finite:

@@ -8,7 +8,7 @@
 8 GPUs        deepspeed --num_gpus 8 reward.py --task alpaca --constraint cos_sim --model <SFT model>
 evaluate      python reward.py --epochs 0 --model <reward model> --eval_dataset pairs.jsonl
 
-Input: preference pairs (JSON, JSONL, Parquet, a folder, a Hub id) with the columns prompt/chosen/rejected, or
+Input: preference pairs (JSON, JSONL, CSV, Parquet, a folder, a Hub id) with the columns [prompt/]chosen/rejected, or
 instruction/input/output_1/output_2/preference (AlpacaFarm), or info/summaries/choice (summarize_from_feedback).
 Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, eval.jsonl (a line per held-out pair), margins.png and
 model/, which `AutoModelForSequenceClassification.from_pretrained` loads.
@@ -21,10 +21,8 @@ a data set.
 import common  # first: it sets what torch reads when it is loaded
 
 import functools
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -68,7 +66,8 @@ class Args:
     encoder_pooling: Literal["cls", "mean"] = "mean"  # Of last hidden states: the first token's, or the mean of all.
 
     loss_on: Literal["last", "token"] = "last"
-    """Where L is: at the last token; or, as in the authors' code, its mean over all from the first that differs on."""
+    """Where L is: at the last token; or, as in the authors' code, its mean over all from the first that differs on.
+    The losses of evaluation are those at the last token."""
     max_length: int = 256  # Tokens of prompt + response + EOS; pairs with a longer side are dropped and counted.
     learning_rate: float = 1e-3  # Peak learning rate; cosine to 0.
     weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
@@ -245,7 +244,8 @@ def main(args: Args) -> None:
     args.model = args.model or common.on_rank_0(process, common.toy_model, each_machine=True)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     if args.constraint == "cos_sim":
-        args.encoder = args.encoder or encoder_of_training(args)
+        start = args.model if args.epochs else ""
+        args.encoder, args.encoder_pooling = common.encoder_of_training(args, start)
 
     given = args.constraint == "given"
     encode = functools.partial(common.encode_pair, tokenizer=tokenizer, max_length=args.max_length, given=given)
@@ -315,17 +315,6 @@ def main(args: Args) -> None:
         common.plot_margins(lines, args, output_dir / "margins.png")
         common.write_file(output_dir / "eval.jsonl", "".join(map(common.json_line, lines)))  # last: the run is finished
     process.print(f"finished: look at {output_dir}/margins.png")
-
-
-def encoder_of_training(args: Args) -> str:
-    """The model in training; for evaluation alone, the encoder that gave the bounds of its training."""
-    if args.epochs:
-        return args.model
-    try:
-        trained = json.loads((Path(args.model).parent / "args.json").read_text(encoding="utf-8"))
-        return trained["encoder"] or trained["model"]
-    except (OSError, ValueError, KeyError) as error:
-        raise common.InputError("--constraint cos_sim with --epochs 0 needs the --encoder of training") from error
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 8 GPUs        deepspeed --num_gpus 8 sft.py --task alpaca --model <language model>
 evaluate      python sft.py --epochs 0 --model <SFT model> --eval_dataset demonstrations.jsonl
 
-Input: demonstrations (JSON, JSONL, Parquet, a folder, a Hub id) with the columns prompt/completion, or
-instruction/input/output (AlpacaFarm), or post/summary (TL;DR).
+Input: demonstrations (JSON, JSONL, CSV, Parquet, a folder, a Hub id) with the columns prompt/completion, or messages,
+or instruction/input/output (AlpacaFarm), or post/summary (TL;DR).
 Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, generations.json (sampled answers to held-out prompts,
 as AlpacaEval reads them) and model/, which `AutoModelForCausalLM.from_pretrained` loads, and reward.py and dpo.py.
 

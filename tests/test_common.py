@@ -759,3 +759,22 @@ def test_two_ranks(tmp_path):
     """What is gathered, read, encoded, computed and refused is the same on both."""
     rows_file(tmp_path, *pairs_of(*[2] * 10))
     on_two_ranks(of_two_ranks, str(tmp_path))
+
+
+# ---------------------------------------------------------------- process
+
+
+@pytest.mark.parametrize("name, value", [
+    ("LOCAL_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_LOCAL_SIZE", "4"),
+    ("SLURM_STEP_TASKS_PER_NODE", "4(x2)"), ("", ""),
+])  # fmt: skip
+def test_ranks_share_the_cores_of_their_machine(process, monkeypatch, name, value):
+    """8 cores that all 4 ranks may use are 2 threads for each, whatever started them; one process takes all."""
+    for known in "LOCAL_SIZE LOCAL_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_SIZE SLURM_STEP_TASKS_PER_NODE".split():
+        monkeypatch.delenv(known, raising=False)
+    monkeypatch.setenv(name, value) if name else None
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    common.start(0)
+    assert threads == [2 if name else 8]

@@ -432,6 +432,23 @@ def test_a_folders_name_is_no_pattern(tmp_path):
     assert [row["chosen"] for row in read(f"{tmp_path / 'run[1]'}:test")] == ["mine test"]
 
 
+def test_a_folders_files_are_its_splits(run, tiny, tmp_path):
+    """Two files that change names hold the same bytes, yet what was held out is now to be trained on."""
+    folder = tmp_path / "folder"
+    for split in ("train", "validation"):
+        write_rows(folder / f"{split}.parquet", [PAIR | {"chosen": f"{split} {i}"} for i in range(4)])
+    encode = functools.partial(common.encode_pair, tokenizer=common.load_tokenizer(tiny["lm"], False), max_length=99)
+
+    def chosen() -> str:
+        process = common.Process(0, 1, torch.device("cpu"))
+        return common.load_rows("--dataset", str(folder), "train", encode, process)["chosen"][0]
+
+    assert chosen() == "train 0"
+    (folder / "train.parquet").rename(folder / "test.parquet")
+    (folder / "validation.parquet").rename(folder / "train.parquet")
+    assert chosen() == "validation 0"
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet", "folder/train.parquet"])
 def test_a_file_replaced_under_its_time_stamp_is_read_anew(name, run, tiny, tmp_path):
     """`cp -p` and `rsync -t` keep the time: rows of the file that was there before came from a cache."""

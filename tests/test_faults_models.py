@@ -441,6 +441,28 @@ def test_evaluation_uses_the_encoder_of_training(step, refuses, tokenizer, data,
     assert [line["bound"] for line in lines(tmp_path / "named" / "eval.jsonl")] == trained
 
 
+@pytest.mark.parametrize("script", [reward, dpo])
+def test_evaluation_pools_as_training_did(step, tokenizer, data, tmp_path, script):
+    """The first token of the encoder of training, not the mean, gave the bounds; the flags are not repeated."""
+    model, out = llama(tmp_path / "start", tokenizer), tmp_path / "out"
+    own = ["--encoder", encoder(tmp_path / "bert", tokenizer, 128), "--encoder_pooling", "cls"]
+    cosine, reference = ["--constraint", "cos_sim"], ["--ref_model", model] * (script is dpo)
+    step(script, "--model", model, *data, *cosine, *own, "--output_dir", str(out))
+    evaluate = [*data, *cosine, *reference, "--epochs", "0", "--model", str(out / "model"), "--output_dir"]
+    step(script, *evaluate, str(tmp_path / "again"))
+    trained, again = ([line["bound"] for line in lines(folder / "eval.jsonl")] for folder in (out, tmp_path / "again"))
+    assert again == trained and len(set(trained)) > 1
+
+
+def test_broken_weights_are_named(refuses, tokenizer, data, tmp_path):
+    """NaN differs from itself, but is not what a random model gives."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama(tmp_path / "start", tokenizer))
+    model.model.layers[0].mlp.down_proj.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "start")
+    for script in (sft, reward):
+        refuses(script, ["--model", str(tmp_path / "start"), *data], "not finite", "weights are broken")
+
+
 CODE = """
 import transformers
 

@@ -158,6 +158,32 @@ def test_broken_conversations(row, fault):
         pair(chat_tokenizer("chatml"), row)
 
 
+@pytest.mark.parametrize(
+    "row, fault",
+    [
+        (dict(prompt=[ASK], completion="Aisle 3."), "some of its columns are text and some are turns"),
+        (dict(messages="Aisle 3."), "messages is 'Aisle 3.', but must be a list of turns"),
+    ],
+)
+def test_broken_demonstrations(row, fault):
+    with pytest.raises(ValueError, match=fault):
+        sft.encode_row(row, chat_tokenizer("chatml"), 1000, False)
+
+
+def test_a_column_of_another_format_does_not_meddle():
+    """Sets of instructions also have a prompt or messages, which may hold the answer as well."""
+    tokenizer, other = chat_tokenizer("chatml"), dict(prompt="### Output: 3", messages=[ASK])
+    asked = dict(instruction="Add 1 and 2.", input="")
+    expected = "\n\nHuman: Add 1 and 2.\n\nAssistant: "
+    row = asked | dict(output_1="3", output_2="4", preference=2)
+    assert common.preference_of(row | other, tokenizer) == (expected, "4", "3")
+    row = asked | dict(output="3", prompt=other["prompt"])
+    assert common.demonstration_of(row, tokenizer) == (expected, "3")
+    assert ppo.encode_prompt(row, tokenizer, 1000)["prompt"] == expected
+    row = dict(prompt="Where?", completion="There.", messages=[ASK, YES])
+    assert common.demonstration_of(row, tokenizer) == ("Where?", "There.")
+
+
 def test_a_template_that_refuses_a_role():
     tokenizer = chat_tokenizer("chatml")
     tokenizer.chat_template = "{{ raise_exception('no system turn here') }}"
