@@ -127,7 +127,7 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
 
 def check_flags(args, outputs: tuple[str, ...]) -> None:
     """InputError for a value out of range, and for results that must not be replaced; before any work."""
-    counts = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every keep minibatches"
+    counts = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every minibatches"
     at_least = dict.fromkeys(f"{counts} ppo_epochs".split(), 1) | {"temperature": 1e-3}  # others 0
     at_most = dict(label_smoothing=0.5, gamma=1, gae_lambda=1)
     for name, value in vars(args).items():
@@ -210,7 +210,7 @@ def watch(store, rank: int, world_size: int) -> None:
             now = [store.add(f"ticks {other}", 0) for other in range(world_size)]
             idle = [count + 1 if a == b else 0 for a, b, count in zip(last, now, idle)]  # in ticks: a job may sleep
             last = now
-            if max(idle) < 8:
+            if max(idle) < 8 or ENDING.is_set():
                 continue
         os.write(2, f"error: rank {rank} ends, because rank {idle.index(max(idle))} has ended\n".encode())
         os._exit(1)
@@ -276,6 +276,7 @@ def start(seed: int) -> Process:
         if world_size > 1:
             threading.Thread(target=watch, args=(store.clone(), rank, world_size), daemon=True).start()
     deepspeed.init_distributed(verbose=False, timeout=work)
+    deepspeed.comm.comm.cdb.new_group = functools.partial(dist.new_group, timeout=work)  # else 10 minutes with NCCL
     transformers.set_seed(seed)
     return Process(rank, world_size, device)
 
@@ -399,8 +400,10 @@ def writing(path: Path, replace: bool = True):
 
 
 def write_file(path: Path, content: str) -> None:
-    with writing(path) as part:
-        part.write_text(content, encoding="utf-8")
+    with writing(path) as part, open(part, "w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def json_line(values: dict) -> str:
@@ -445,10 +448,14 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
         except filelock.Timeout as error:
             raise InputError(f"--output_dir {folder} is in use by another run: choose another folder") from error
         old = check_output(args, folder, outputs, resolved=True)
-        old = [] if args.resume and whole(folder) else old
-        old = [path for path in old if path.name != "model" or not args.epochs]  # that stays until the new one is whole
-        for path in [*old, *folder.glob("*.part"), *folder.glob("checkpoints/*.part")]:  # of a run that was killed
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        old = [] if args.resume and whole(folder) else old[::-1]  # first what says that the run is finished
+        stay = ("args.json", *["model"] * (args.epochs > 0))  # until the new ones are whole
+        parts = [*folder.glob("*.part"), *folder.glob("checkpoints/*.part")]  # of a run that was killed
+        for path in parts + [path for path in old if path.name not in stay]:
+            if path.is_dir():  # killed in here, it leaves a part, no checkpoint that looks whole
+                shutil.rmtree(path if path in parts else path.rename(f"{path}.part"))
+            else:
+                path.unlink(missing_ok=True)
         args.output_dir = str(folder)
         write_file(folder / "args.json", json.dumps(vars(args), indent=2) + "\n")
         return str(folder)
@@ -515,15 +522,14 @@ class Checkpoints:
         self.failures, self.signal, self.since = [], 0, math.inf
         if not metrics.total_steps:
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
+        self.identity = on_rank_0(process, self.identify)  # now: files may change while the run goes on
         for engine in engines.values():
             engine.checkpoint_engine.save, engine._copy_recovery_script = self.write, lambda path: None
         newest = on_rank_0(process, lambda: args.resume and next(iter(whole(folder)[::-1]), None))
         if newest:
             with loading("checkpoint", str(newest)):
                 saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
-                for name, now in on_rank_0(process, lambda: self.identity).items():
+                for name, now in self.identity.items():
                     if (then := saved["identity"].get(name)) != now:
                         raise InputError(f"--resume: {name} is {now}, but was {then} when {newest} was written")
                 for tag, engine in engines.items():
@@ -531,9 +537,14 @@ class Checkpoints:
             self.step, self.state = saved["step"], saved["state"]
             metrics.go_on(self.step, **saved["metrics"])
             process.print(f"resumed from {newest}")
+        if self.step < metrics.total_steps:
+            self.handle_signals(self.on_signal)
 
-    @functools.cached_property
-    def identity(self) -> dict:
+    def handle_signals(self, handler) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
+
+    def identify(self) -> dict:
         """What must not change until the run goes on, and is no flag."""
         files = [Path(file["filename"]) for rows in self.rows for file in rows.cache_files]
         skipped = "" if getattr(self.args, "constraint", "") == "cos_sim" else "encoder"
@@ -554,10 +565,15 @@ class Checkpoints:
             os.write(2, b"\nsignal: a checkpoint follows the step in hand; a second signal ends the run at once\n")
         self.signal, self.since = number, min(self.since, time.monotonic())
 
-    def step_done(self, step: int, **state) -> None:
-        """After a step and its evaluation: a checkpoint if one is due; Stopped, on all ranks, after a signal to any."""
+    def step_done(self, step: int, last: bool = False, **state) -> None:
+        """After a step and its evaluation: a checkpoint if one is due; Stopped, on all ranks, after a signal to any.
+
+        After the last step a signal ends the process at once.
+        """
         number = torch.tensor(self.signal, device=self.process.device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number == 0 and (last or step == self.metrics.total_steps):
+            self.handle_signals(signal.SIG_DFL)
         if number == 0 and not (self.args.save_every and step % self.args.save_every == 0):
             return
         try:
@@ -582,9 +598,9 @@ class Checkpoints:
             failures, self.failures = sum(gather_objects(self.failures), []), []
             if failures:
                 raise InputError(failures[0])
-            state = json.dumps(state | {"identity": self.process.rank == 0 and self.identity})
+            state = json.dumps(state | {"identity": self.identity})
             on_rank_0(self.process, lambda: write_file(part / "state.json", state))
-        for old in whole(self.folder)[: -self.args.keep] if self.process.rank == 0 else ():
+        for old in whole(self.folder)[: -max(self.args.keep, 1)] if self.process.rank == 0 else ():
             with optional(old, "cannot be removed"):
                 shutil.rmtree(old.rename(f"{old}.part"))  # killed in here, it does not look whole
 
@@ -1135,7 +1151,7 @@ class Metrics:
 
     def go_on(self, step: int, history: list[dict], size: int) -> None:
         """Go on after the step at which state() was taken: what was written since then is cut off."""
-        self.history, self.bar.initial, self.bar.n = history, step, step
+        self.history, self.bar.initial, self.bar.n, self.since = history, step, step, time.perf_counter()
         if self.enabled:
             self.file.truncate(min(size, self.file.tell()))
             self.file.seek(0, os.SEEK_END)  # else tell() still counts what was cut off
@@ -1553,7 +1569,7 @@ def optimizer_step(step: int, losses: list[torch.Tensor], *engines) -> list[floa
         if engine.skipped_steps > skipped and args.dtype != "fp16":
             raise InputError(f"step {step}: the gradient is not finite, and DeepSpeed skipped the step: {remedy}")
         norms.setdefault(engine, float(engine.get_global_grad_norm() or math.nan))
-    return list(norms.values())
+    return [norms[engine] for engine, _ in engines]
 
 
 @contextlib.contextmanager

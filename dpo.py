@@ -86,8 +86,8 @@ class Args:
     seed: int = 42  # Of the held-out split, the order of the pairs, random bounds and the sampled answers.
     log_every: int = 10  # Optimizer steps between lines of metrics; the first step always has one.
     eval_every: int = 0  # Optimizer steps between evaluations; 0: only before and after training.
-    save_every: int = 0  # Optimizer steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends the run.
-    keep: int = 2  # The newest checkpoints that stay.
+    save_every: int = 0  # Optimizer steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends training.
+    keep: int = 2  # The newest checkpoints that stay, at least one.
     resume: bool = False  # Go on from the newest checkpoint in --output_dir; begin where there is none.
     trust_remote_code: bool = False  # Run Python code that comes with a model.
     local_rank: int = -1  # Given by the launcher, which also sets the LOCAL_RANK that is used.

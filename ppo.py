@@ -86,8 +86,8 @@ class Args:
     seed: int = 42  # Of the held-out split, the order of the prompts and the sampled responses.
     log_every: int = 5  # Steps between lines of metrics; the first step always has one.
     eval_every: int = 0  # Steps between evaluations; 0: only before and after training.
-    save_every: int = 0  # Steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends the run.
-    keep: int = 2  # The newest checkpoints that stay.
+    save_every: int = 0  # Steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends training.
+    keep: int = 2  # The newest checkpoints that stay, at least one.
     resume: bool = False  # Go on from the newest checkpoint in --output_dir; begin where there is none.
     trust_remote_code: bool = False  # Run Python code that comes with a model.
     local_rank: int = -1  # Given by the launcher, which also sets the LOCAL_RANK that is used.
@@ -108,6 +108,7 @@ TASKS = {
         max_prompt_length=256, max_new_tokens=384, max_steps=50,
     ),
     "tldr": PAPER | dict(
+        # Upstream: the cosine spans the epoch, so that at step 250 the learning rate is still near its peak
         dataset=f"{TLDR}:train", eval_dataset=f"{TLDR}:validation",
         max_prompt_length=768, max_new_tokens=256, max_steps=250,
     ),
@@ -384,9 +385,13 @@ def main(args: Args) -> None:
         metrics.write(step, "eval", eval_metrics(lines, first or lines, judge is not None))
         return lines
 
-    state = checkpoints.state or dict(first_lines=evaluate_now(0, None), first_score=None, below_zero=0)
-    step, lines, too_far = checkpoints.step, state["first_lines"], False
+    state = checkpoints.state or dict(
+        first_lines=evaluate_now(0, None), first_score=None, below_zero=0, too_far=False
+    )
+    step, lines = checkpoints.step, state["first_lines"]
     for epoch in range(args.epochs):
+        if state["too_far"]:
+            break
         order = np.random.default_rng([args.seed, epoch]).permutation(len(train_prompts))
         batches = order[: len(order) // args.global_batch_size * args.global_batch_size]
         for step, batch in checkpoints.rest_of(epoch, batches.reshape(-1, args.global_batch_size)):
@@ -477,19 +482,18 @@ def main(args: Args) -> None:
             if state["below_zero"] == 5:
                 process.print(f"warning: step {step}: the mean KL has been below 0 for 5 steps, which a KL cannot be: "
                               "the responses are not drawn from the policy's own distribution")
-            too_far = 0 < args.max_kl < kl.mean()
-            if metrics.add(step, values, last=too_far, prompts=len(batch)):
+            state["too_far"] = bool(0 < args.max_kl < kl.mean())
+            if metrics.add(step, values, last=state["too_far"], prompts=len(batch)):
                 first = [rollout.prompts[0], rollout.responses[0]]
                 prompt, answer = tokenizer.batch_decode(first, skip_special_tokens=True)
                 process.print(f"sample: {prompt!r} -> {answer!r} (score {rollout.scores[0]:.2f})")
-            if too_far:
+            if state["too_far"]:
                 process.print(f"stopped at step {step}: the KL is above --max_kl {args.max_kl:g}")
-                break
-            if args.eval_every and step % args.eval_every == 0 and step < total_steps:
+            elif args.eval_every and step % args.eval_every == 0 and step < total_steps:
                 evaluate_now(step, state["first_lines"])
-            checkpoints.step_done(step, **state)
-        if too_far:
-            break
+            checkpoints.step_done(step, last=state["too_far"], **state)
+            if state["too_far"]:
+                break
 
     if step:
         common.save_model(policy, model, tokenizer, output_dir / "model", process)

@@ -126,7 +126,6 @@ BAD = [
     ("sft reward dpo ppo", "--seed -1", r"--seed is -1, but must be at least 0"),
     ("sft reward dpo ppo", "--log_every 0", r"--log_every is 0, but must be at least 1"),
     ("sft dpo ppo", "--generate -1", r"--generate is -1, but must be at least 0"),
-    ("sft reward dpo ppo", "--keep 0", r"--keep is 0, but must be at least 1"),
     ("sft reward dpo", "--learning_rate nan", r"--learning_rate is nan, but must be a finite number"),
     ("ppo", "--score_clip inf", r"--score_clip is inf, but must be a finite number"),
     ("sft reward dpo", "--max_length 0", r"--max_length is 0, but must be at least 1"),

@@ -616,8 +616,9 @@ def test_no_engine_steps_where_another_cannot(process):
     assert weights_of(critic[0]) == weights_of(policy[0]) == [0.5, -0.5]
 
 
-def test_the_norms_of_two_engines_come_in_their_order(process):
-    policy, critic = line_engine(process), line_engine(process, zero_stage=2)
+@pytest.mark.parametrize("stages", [(0, 2), (2, 0)])
+def test_the_norms_of_two_engines_come_in_their_order(process, stages):
+    policy, critic = (line_engine(process, zero_stage=stage) for stage in stages)
     losses = [backward(policy[0], 3, 4), backward(critic[0], 0, 2)]
     assert common.optimizer_step(1, losses, policy, critic) == pytest.approx([5, 2])
 
@@ -762,6 +763,12 @@ def test_two_ranks(tmp_path):
 
 
 # ---------------------------------------------------------------- process
+
+
+def test_deepspeeds_groups_wait_as_long_as_ours(process):
+    """A slow disk keeps one rank in a save for longer than the 10 minutes that NCCL's groups wait by themselves."""
+    group = common.deepspeed.comm.new_group([0])
+    assert group._get_backend(CPU).options._timeout.total_seconds() == 7200
 
 
 @pytest.mark.parametrize("name, value", [

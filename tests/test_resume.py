@@ -147,6 +147,54 @@ def test_ppo_counts_on(train, cut, tmp_path, monkeypatch, capsys):
     assert [line.split(":")[1] for line in warnings] == [" step 5"]
 
 
+def test_ppo_stopped_by_its_kl_and_by_a_signal_is_at_its_end(train, tmp_path, monkeypatch):
+    """In one step: what goes on from that checkpoint trains no further."""
+    config, real = kill.Config("ppo"), common.Checkpoints.step_done
+
+    def step_done(self, step: int, last: bool = False, **state) -> None:
+        self.signal = signal.SIGTERM if last else 0
+        real(self, step, last, **state)
+
+    with monkeypatch.context() as patch, pytest.raises(common.Stopped):
+        patch.setattr(common.Checkpoints, "step_done", step_done)
+        train(config, tmp_path / "run", "--max_kl 1e-9")
+    stopped = metrics_step(tmp_path / "run")
+    assert steps(tmp_path / "run")[-1] == stopped < 8
+    train(config, tmp_path / "run", "--max_kl 1e-9 --resume")
+    assert metrics_step(tmp_path / "run") == stopped and (tmp_path / "run" / "generations.json").exists()
+
+
+@pytest.mark.parametrize("script, flags", [("sft", ""), ("ppo", "--max_kl 1e-9")])
+def test_after_the_last_step_a_signal_ends_the_run_at_once(train, tmp_path, monkeypatch, script, flags):
+    """No step will end with a checkpoint any more; before it, a signal is kept until the step is done."""
+    real, found = common.optimizer_step, []
+
+    def handler(*args):
+        found.append(signal.getsignal(signal.SIGTERM))
+        if args[0] is not None:
+            return real(*args)
+        raise Cut
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(common, "optimizer_step", handler)
+        patch.setattr(common, "save_model", lambda *_: handler(None))
+        train(kill.Config(script), tmp_path / "run", flags)
+    assert len(found) > 1 and found[-1] is signal.SIG_DFL and signal.SIG_DFL not in found[:-1]
+
+
+def test_a_model_that_moves_away_costs_no_checkpoint(train, toy, tmp_path, monkeypatch):
+    """What it was is known since the start, not only when the first checkpoint is written."""
+    model, real = shutil.copytree(toy, tmp_path / "model"), common.optimizer_step
+
+    def optimizer_step(*args):
+        shutil.rmtree(model, ignore_errors=True)
+        return real(*args)
+
+    monkeypatch.setattr(common, "optimizer_step", optimizer_step)
+    train(SFT, tmp_path / "run", f"--model {model}")
+    assert steps(tmp_path / "run") == [6, 8]
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -254,6 +302,20 @@ def test_what_is_half_saved_or_half_removed_is_not_trusted(train, whole, capsys,
     newest.rename(f"{newest}{suffix}")
     train(SFT, folder, "--resume")
     assert f"resumed from {folder}/checkpoints/step-2\n" in capsys.readouterr().out
+    assert kill.differences(folder, whole(SFT)) == []
+
+
+@pytest.mark.parametrize("flags", ["--overwrite", "--resume"])
+def test_killed_while_an_old_run_was_removed(train, whole, folder, monkeypatch, flags):
+    """A large checkpoint takes a while: what is left of it is neither refused nor gone on from."""
+
+    def rmtree(path, **_):
+        raise Cut
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(shutil, "rmtree", rmtree)
+        train(SFT, folder, "--overwrite")
+    train(SFT, folder, flags)
     assert kill.differences(folder, whole(SFT)) == []
 
 
