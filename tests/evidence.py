@@ -560,7 +560,7 @@ def summary(records: list[dict]) -> str:
     """The README's table of models that know labels by heart: values; from column 3, differences to `none`."""
     columns = {
         "m > δ*/2": ("{:.0%}", lambda r: r["binds in training"]["half"]),
-        "m, 99 %": ("{:.1f}", lambda r: r["margin p99"]),
+        "m, p99": ("{:.1f}", lambda r: r["margin p99"]),
         "gold accuracy, %": ("{:.1f}", lambda r: 100 * r["gold accuracy"]),
         "NLL of labels": ("{:.2f}", lambda r: r["calibration"]["raw"]["nll"]),
         "alike: m/σ₀": ("{:.2f}", lambda r: r["|Δ|/σ₀ at equal gold"]),

@@ -328,7 +328,7 @@ def test_a_critic_whose_gradient_is_not_finite_leaves_the_policy(run, models, tm
 
     monkeypatch.setattr(ppo, "value_losses", infinite_gradient)
     watch(monkeypatch, "make_engine", engines, common)
-    with pytest.raises(common.InputError, match="step 1: the gradient is not finite, and no weight was changed"):
+    with pytest.raises(common.InputError, match="step 1: the gradient is not finite, and has changed no weight"):
         run(ppo, f"{models} --output_dir {tmp_path}/out {SHORT} --generate 0")
     before = transformers.AutoModelForCausalLM.from_pretrained(models.split()[1])
     after = engines[0].module
