@@ -134,9 +134,8 @@ def check_flags(args, outputs: tuple[str, ...]) -> None:
         least, most = at_least.get(name, 0), at_most.get(name, sys.float_info.max)
         if isinstance(value, int | float) and not re.search("beta[123]|_bound|random_|local_rank", name):  # priors.py's
             if not least <= value <= most:
-                limit = f"at most {most}" if name in at_most and value > most else "a finite number"
-                limit = f"at least {least}" if value < least else limit
-                raise InputError(f"--{name} is {value}, but must be {limit}")
+                limit = f"at most {most}" if name in at_most else "a finite number"
+                raise InputError(f"--{name} is {value}, but must be {f'at least {least}' if value < least else limit}")
     if getattr(args, "shuffle_bounds", False) and args.constraint in ("none", "random", "fixed"):
         raise InputError(f"--shuffle_bounds is for the bounds of a prior, but --constraint {args.constraint} has none")
     if args.output_dir:
@@ -322,7 +321,7 @@ def accumulation_steps(args, process: Process) -> int:
     """Micro batches per optimizer step. A micro batch is cut down to a rank's share of that step's batch."""
     share, rest = divmod(args.global_batch_size, process.world_size * getattr(args, "minibatches", 1))
     size = min(args.micro_batch_size, share)
-    if rest or share % max(size, 1) or not share:
+    if rest or not share or share % size:
         names = ["minibatches"] * hasattr(args, "minibatches") + ["micro_batch_size"] * (not rest and share > 0)
         parts = " x ".join([f"{process.world_size} ranks", *[f"--{name} {getattr(args, name)}" for name in names]])
         raise InputError(f"--global_batch_size {args.global_batch_size} is not a multiple of {parts}: change one")
@@ -568,7 +567,7 @@ class Checkpoints:
     def step_done(self, step: int, last: bool = False, **state) -> None:
         """After a step and its evaluation: a checkpoint if one is due; Stopped, on all ranks, after a signal to any.
 
-        After the last step a signal ends the process at once.
+        After the last step, the run's or one that the script calls so, a signal ends the process at once.
         """
         number = torch.tensor(self.signal, device=self.process.device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -1260,16 +1259,20 @@ def check_tokenizer(flag: str, path: str, tokenizer, flag_of_tokenizer: str, tru
         raise InputError(f"{what} EOS token, {other.eos_token!r}, {own}, {tokenizer.eos_token!r}")
 
 
-def encoder_of_training(args, otherwise: str) -> tuple[str, str]:
-    """--encoder and --encoder_pooling. Without the former `otherwise`, the model that training starts from; but for
-    evaluation alone, what gave the bounds of the model's training, as the args.json beside it says."""
+def encoder_of_training(args) -> tuple[str, str]:
+    """--encoder and --encoder_pooling; without the former the reference, or the model that training starts from.
+
+    For evaluation alone what gave the bounds of the model's training, as the args.json beside it says: by then --model
+    is the trained one.
+    """
     if not (args.encoder or args.epochs):
         with contextlib.suppress(OSError, ValueError, KeyError):
             trained = json.loads((Path(args.model).parent / "args.json").read_text(encoding="utf-8"))
             return trained["encoder"] or trained["model"], trained["encoder_pooling"]
-    if not (args.encoder or otherwise):
+    encoder = args.encoder or getattr(args, "ref_model", args.model if args.epochs else "")
+    if not encoder:
         raise InputError("--constraint cos_sim with --epochs 0 needs the --encoder of training")
-    return args.encoder or otherwise, args.encoder_pooling
+    return encoder, args.encoder_pooling
 
 
 def zero_stage(args) -> int:

@@ -253,14 +253,14 @@ def main(args: Args) -> None:
     args.ref_model = args.ref_model or args.model
     if not args.epochs and args.ref_model == args.model:
         process.print("warning: the policy is its own reference, so every margin is 0: pass --ref_model")
-    if args.constraint == "cos_sim":  # not the policy: in evaluation alone that is the trained one
-        args.encoder, args.encoder_pooling = common.encoder_of_training(args, args.ref_model)
+    if args.constraint == "cos_sim":
+        args.encoder, args.encoder_pooling = common.encoder_of_training(args)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     common.check_tokenizer("--ref_model", args.ref_model, tokenizer, "--model", args.trust_remote_code)
 
+    given = args.constraint == "given"
     encode = functools.partial(
-        common.encode_pair, tokenizer=tokenizer, max_length=args.max_length, given=args.constraint == "given",
-        needs_prompt=True,
+        common.encode_pair, tokenizer=tokenizer, max_length=args.max_length, given=given, needs_prompt=True
     )
     train_pairs, eval_pairs = common.load_data(args, encode, process)
     ranked = common.load_ranked(args, encode, process)

@@ -194,7 +194,7 @@ class Rollout:
 
 
 def encode_prompt(row: dict, tokenizer, max_prompt_length: int) -> dict:
-    """The columns of a prompt: its text and its tokens."""
+    """The columns of a prompt: its text and its tokens. Of several formats it has the one that sft.py would read."""
     row = common.check_columns(row, "messages", "instruction[/input]/output", "prompt", "instruction[/input]", "post")
     (prompt,) = common.check_texts(common.prompt_of(row, tokenizer))
     (prompt_ids,) = common.tokenize(tokenizer, prompt)
@@ -385,9 +385,7 @@ def main(args: Args) -> None:
         metrics.write(step, "eval", eval_metrics(lines, first or lines, judge is not None))
         return lines
 
-    state = checkpoints.state or dict(
-        first_lines=evaluate_now(0, None), first_score=None, below_zero=0, too_far=False
-    )
+    state = checkpoints.state or dict(first_lines=evaluate_now(0, None), first_score=None, below_zero=0, too_far=False)
     step, lines = checkpoints.step, state["first_lines"]
     for epoch in range(args.epochs):
         if state["too_far"]:

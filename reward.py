@@ -242,10 +242,9 @@ def main(args: Args) -> None:
     accumulation = common.accumulation_steps(args, process)
     config = common.engine_config(args, accumulation)
     args.model = args.model or common.on_rank_0(process, common.toy_model, each_machine=True)
-    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     if args.constraint == "cos_sim":
-        start = args.model if args.epochs else ""
-        args.encoder, args.encoder_pooling = common.encoder_of_training(args, start)
+        args.encoder, args.encoder_pooling = common.encoder_of_training(args)
+    tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
 
     given = args.constraint == "given"
     encode = functools.partial(common.encode_pair, tokenizer=tokenizer, max_length=args.max_length, given=given)
@@ -257,11 +256,11 @@ def main(args: Args) -> None:
         pair_bounds(similarity, args)  # a bound that is not positive is found before anything is written
     total_steps = common.total_steps(args, len(train_pairs))
 
-    scorer = common.load_reward_model("--model", args.model, args, tokenizer, config, new_head=args.epochs > 0)
-    engine = common.make_engine(scorer, args, config, total_steps, process)
+    model = common.load_reward_model("--model", args.model, args, tokenizer, config, new_head=args.epochs > 0)
+    engine = common.make_engine(model, args, config, total_steps, process)
     collator = functools.partial(
-        collate, pad_token_id=tokenizer.pad_token_id, share_prefix=common.check_model(engine, scorer, args, process),
-        dtype=scorer.dtype, device=process.device,
+        collate, pad_token_id=tokenizer.pad_token_id, share_prefix=common.check_model(engine, model, args, process),
+        dtype=model.dtype, device=process.device,
     )
     output_dir = common.open_output(args, process, OUTPUTS)
     shown = ("loss", "accuracy", "margin_mean", "margin_max")
@@ -307,7 +306,7 @@ def main(args: Args) -> None:
             checkpoints.step_done(step)
 
     if total_steps:
-        common.save_model(engine, scorer.classifier, tokenizer, output_dir / "model", process)
+        common.save_model(engine, model.classifier, tokenizer, output_dir / "model", process)
         lines = evaluate_now(total_steps)
         common.write_card(output_dir, args, "AutoModelForSequenceClassification", process)
     metrics.close()
