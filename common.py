@@ -132,10 +132,11 @@ def check_flags(args, outputs: tuple[str, ...]) -> None:
     at_most = dict(label_smoothing=0.5, gamma=1, gae_lambda=1)
     for name, value in vars(args).items():
         least, most = at_least.get(name, 0), at_most.get(name, sys.float_info.max)
-        if isinstance(value, int | float) and not re.search("beta[123]|_bound|random_|local_rank", name):  # priors.py's
-            if not least <= value <= most:
-                limit = f"at most {most}" if name in at_most else "a finite number"
-                raise InputError(f"--{name} is {value}, but must be {f'at least {least}' if value < least else limit}")
+        if re.search("beta[123]|_bound|random_|local_rank", name):  # priors.py's
+            continue
+        if isinstance(value, int | float) and not least <= value <= most:
+            limit = f"at most {most}" if name in at_most else "a finite number"
+            raise InputError(f"--{name} is {value}, but must be {f'at least {least}' if value < least else limit}")
     if getattr(args, "shuffle_bounds", False) and args.constraint in ("none", "random", "fixed"):
         raise InputError(f"--shuffle_bounds is for the bounds of a prior, but --constraint {args.constraint} has none")
     if args.output_dir:
@@ -874,9 +875,16 @@ def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, need
     prefix = len(os.path.commonprefix([chosen_ids, rejected_ids]))
     prefix = min(prefix, len(chosen_ids) - 1, len(rejected_ids) - 1)  # each has a token of its own
     columns = dict(
-        prompt=prompt, chosen=chosen, rejected=rejected, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
-        prompt_ids=prompt_ids, prefix=prefix, row_length=len(chosen_ids) + len(rejected_ids) - prefix,
-        chosen_length=len(chosen_ids) - prefix, rejected_length=len(rejected_ids) - prefix,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        chosen_ids=chosen_ids,
+        rejected_ids=rejected_ids,
+        prompt_ids=prompt_ids,
+        prefix=prefix,
+        row_length=len(chosen_ids) + len(rejected_ids) - prefix,
+        chosen_length=len(chosen_ids) - prefix,
+        rejected_length=len(rejected_ids) - prefix,
     )
     if given:
         with contextlib.suppress(TypeError, ValueError):
@@ -1080,11 +1088,14 @@ def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool,
     for chosen, rejected, prefix in pairs:
         if shared:
             k = max(prefix - 1, 0)
-            rows.append((
-                chosen + rejected[k:], chosen[1:] + [NO_LABEL] + rejected[k + 1 :] + [NO_LABEL],
-                [0] * k + [1] * (len(chosen) - k) + [2] * (len(rejected) - k),
-                [*range(len(chosen)), *range(k, len(rejected))],
-            ))
+            rows.append(
+                (
+                    chosen + rejected[k:],
+                    chosen[1:] + [NO_LABEL] + rejected[k + 1 :] + [NO_LABEL],
+                    [0] * k + [1] * (len(chosen) - k) + [2] * (len(rejected) - k),
+                    [*range(len(chosen)), *range(k, len(rejected))],
+                )
+            )
         else:
             for branch, ids in ((1, chosen), (2, rejected)):
                 rows.append((ids, ids[1:] + [NO_LABEL], [branch] * len(ids), [*range(len(ids))]))
@@ -1139,7 +1150,7 @@ class Metrics:
         self.history, self.amounts, self.since, self.enabled = [], Counter(), time.perf_counter(), process.rank == 0
         self.bar = tqdm(total=total_steps, unit="step", disable=None if self.enabled and total_steps else True)
         if self.enabled:
-            self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+            self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def state(self) -> dict:
@@ -1294,8 +1305,13 @@ def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config:
         for name, value in (values | {"pad_token_id": tokenizer.pad_token_id}).items():
             setattr(config, name, value)
         model, info = auto_class.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=args.trust_remote_code,
-            output_loading_info=True, ignore_mismatched_sizes=True,
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     del sharding
     what = f"{flag} {path}"
@@ -1363,8 +1379,14 @@ class Scorer(torch.nn.Module):
 def load_reward_model(flag: str, path: str, args, tokenizer, engine_config: dict, new_head: bool = False) -> Scorer:
     """A sequence classifier with one label. A new head is drawn from the seed, alike on all ranks and ZeRO stages."""
     model, info = load_model(
-        transformers.AutoModelForSequenceClassification, flag, path, args, tokenizer, engine_config,
-        num_labels=1, problem_type="regression",
+        transformers.AutoModelForSequenceClassification,
+        flag,
+        path,
+        args,
+        tokenizer,
+        engine_config,
+        num_labels=1,
+        problem_type="regression",
     )
     missing, what = set(info["missing_keys"]), f"{flag} {path}"
     if not hasattr(model, "score") or missing - {"score.weight"}:

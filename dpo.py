@@ -30,9 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from priors import (
-    cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound, ranking_loss
-)
+from priors import cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound, ranking_loss
 
 
 @dataclass
@@ -97,10 +95,23 @@ class Args:
 TASKS = {
     "toy": {},
     "alpaca": dict(
-        dataset="hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json", eval_dataset="", ranked_dataset="",
-        encoder="google-bert/bert-base-uncased", encoder_pooling="cls", max_length=512, global_batch_size=32,
-        learning_rate=1e-6, weight_decay=0.0, epochs=1, micro_batch_size=4, zero_stage=2, dtype="bf16",
-        gradient_checkpointing=True, random_low=0.0, random_high=0.0, fixed_bound=0.0,  # the paper has no such runs
+        dataset="hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json",
+        eval_dataset="",
+        ranked_dataset="",
+        encoder="google-bert/bert-base-uncased",
+        encoder_pooling="cls",
+        max_length=512,
+        global_batch_size=32,
+        learning_rate=1e-6,
+        weight_decay=0.0,
+        epochs=1,
+        micro_batch_size=4,
+        zero_stage=2,
+        dtype="bf16",
+        gradient_checkpointing=True,
+        random_low=0.0,
+        random_high=0.0,
+        fixed_bound=0.0,  # the paper has no such runs
     ),
 }
 BETAS = {
@@ -148,7 +159,11 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
         mine = [text for both in texts[process.rank :: process.world_size] for text in both]
         progress = functools.partial(tqdm, desc="similarity", unit="batch", mininterval=2, disable=process.rank > 0)
         embeddings = encode_texts(
-            mine, args.encoder, args.encoder_pooling, device=process.device, progress=progress,
+            mine,
+            args.encoder,
+            args.encoder_pooling,
+            device=process.device,
+            progress=progress,
             trust_remote_code=args.trust_remote_code,
         )
         return torch.tensor(common.interleaved(cosine_similarity(embeddings[0::2], embeddings[1::2]).tolist()))
@@ -232,8 +247,13 @@ def evaluate(engine, pairs, similarity, ref_logps, ranked, args: Args, collator,
     own = (common.over_rows(engine, logps, rows, args, process).T - ranked_ref_logps)[0].tolist() if human else []
     metrics |= common.pair_correlations(margin, similarity, pairs) | common.rank_correlations(own, human)
     columns = dict(
-        chosen_reward=chosen_reward, rejected_reward=rejected_reward, chosen_logps=chosen, rejected_logps=rejected,
-        margin=margin, similarity=similarity, bound=bound,
+        chosen_reward=chosen_reward,
+        rejected_reward=rejected_reward,
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        margin=margin,
+        similarity=similarity,
+        bound=bound,
     )
     lines = [dict(zip(columns, values)) for values in zip(*(column.tolist() for column in columns.values()))]
     return metrics, lines
@@ -273,8 +293,11 @@ def main(args: Args) -> None:
     model = common.load_language_model("--model", args.model, args, tokenizer, config)
     engine = common.make_engine(model, args, config, total_steps, process)
     collator = functools.partial(
-        collate, pad_token_id=tokenizer.pad_token_id, share_prefix=common.check_model(engine, model, args, process),
-        dtype=model.dtype, device=process.device,
+        collate,
+        pad_token_id=tokenizer.pad_token_id,
+        share_prefix=common.check_model(engine, model, args, process),
+        dtype=model.dtype,
+        device=process.device,
     )
     reference = engine  # before the first step the policy is its own reference
     if args.live_reference or args.ref_model != args.model:

@@ -95,22 +95,40 @@ class Args:
 
 # The paper's settings; the embedded task's are the defaults above.
 PAPER = dict(
-    policy_learning_rate=1e-5, critic_learning_rate=5e-6, weight_decay=0.1, epochs=1, warmup_steps=100, generate=256,
-    micro_batch_size=4, global_batch_size=128, policy_zero_stage=2, critic_zero_stage=3, dtype="bf16",
-    gradient_checkpointing=True, log_every=1,
+    policy_learning_rate=1e-5,
+    critic_learning_rate=5e-6,
+    weight_decay=0.1,
+    epochs=1,
+    warmup_steps=100,
+    generate=256,
+    micro_batch_size=4,
+    global_batch_size=128,
+    policy_zero_stage=2,
+    critic_zero_stage=3,
+    dtype="bf16",
+    gradient_checkpointing=True,
+    log_every=1,
 )
 ALPACA = "hf://datasets/tatsu-lab/alpaca_farm@refs/convert/parquet/alpaca_instructions"
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
 TASKS = {
     "toy": {},
-    "alpaca": PAPER | dict(  # 50 steps of 100 of warm-up: the run ends while the learning rate still rises
-        dataset=f"{ALPACA}/unlabeled/*.parquet", eval_dataset=f"{ALPACA}/val/*.parquet",
-        max_prompt_length=256, max_new_tokens=384, max_steps=50,
+    "alpaca": PAPER
+    | dict(  # 50 steps of 100 of warm-up: the run ends while the learning rate still rises
+        dataset=f"{ALPACA}/unlabeled/*.parquet",
+        eval_dataset=f"{ALPACA}/val/*.parquet",
+        max_prompt_length=256,
+        max_new_tokens=384,
+        max_steps=50,
     ),
-    "tldr": PAPER | dict(
+    "tldr": PAPER
+    | dict(
         # Upstream: the cosine spans the epoch, so that at step 250 the learning rate is still near its peak
-        dataset=f"{TLDR}:train", eval_dataset=f"{TLDR}:validation",
-        max_prompt_length=768, max_new_tokens=256, max_steps=250,
+        dataset=f"{TLDR}:train",
+        eval_dataset=f"{TLDR}:validation",
+        max_prompt_length=768,
+        max_new_tokens=256,
+        max_steps=250,
     ),
 }
 OUTPUTS = ("ppo.png", "generations.json")
@@ -239,7 +257,8 @@ def sample(engine, model, tokenizer, prompts: list[list[int]], seeds: list, args
     responses = common.sample(engine, model, tokenizer, prompts, rooms, seeds, size, process, args.temperature)
     lengths = torch.tensor([len(response) for response in responses], device=process.device)
     return Rollout(
-        prompts, responses,
+        prompts,
+        responses,
         is_response=torch.arange(int(lengths.max()), device=process.device) < lengths[:, None],
         ended=torch.tensor([response[-1] == tokenizer.eos_token_id for response in responses], device=process.device),
     )
@@ -298,10 +317,15 @@ def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str
     scores, before = (np.array([line["score"] for line in some]) for some in (lines, first))
     wins = [(line["judge"] > old["judge"]) + 0.5 * (line["judge"] == old["judge"]) for line, old in zip(lines, first)]
     return {
-        "score_mean": mean["score"], "score_std": float(scores.std()), "score_max": float(scores.max()),
-        "score_growth": float(scores.mean() - before.mean()), "kl": mean["kl"],
-        "response_tokens": mean["response_tokens"], "ended_by_eos": mean["ended"],
-        "judge_score": mean["judge"] if judged else None, "win_rate": float(np.mean(wins)) if judged else None,
+        "score_mean": mean["score"],
+        "score_std": float(scores.std()),
+        "score_max": float(scores.max()),
+        "score_growth": float(scores.mean() - before.mean()),
+        "kl": mean["kl"],
+        "response_tokens": mean["response_tokens"],
+        "ended_by_eos": mean["ended"],
+        "judge_score": mean["judge"] if judged else None,
+        "win_rate": float(np.mean(wins)) if judged else None,
     }
 
 
@@ -457,29 +481,43 @@ def main(args: Args) -> None:
             dist.all_reduce(sums)
             means = (sums[:5] / sums[5]).tolist()
             kl = torch.where(is_response, rollout.logps - rollout.ref_logps, 0.0).sum(1)  # P
-            scores, kl, response_tokens, ended = common.gather(torch.stack([
-                rollout.scores, kl, is_response.sum(1).float(), rollout.ended.float()
-            ]))  # each (global batch,)
+            scores, kl, response_tokens, ended = common.gather(
+                torch.stack([rollout.scores, kl, is_response.sum(1).float(), rollout.ended.float()])
+            )  # each (global batch,)
             if state["first_score"] is None:
                 state["first_score"] = scores.mean().item()
             residual, spread = moments(returns - rollout.values, is_response)[1], moments(returns, is_response)[1]
             seconds = np.diff(clock).tolist()
             policy_norm, critic_norm = np.mean(norms, axis=0).tolist()
             values = {
-                "lr": rate, "policy_grad_norm": policy_norm, "critic_grad_norm": critic_norm,
-                "score_mean": scores.mean(), "score_std": scores.std(correction=0), "score_max": scores.max(),
-                "score_growth": scores.mean() - state["first_score"], "kl": kl.mean(),
+                "lr": rate,
+                "policy_grad_norm": policy_norm,
+                "critic_grad_norm": critic_norm,
+                "score_mean": scores.mean(),
+                "score_std": scores.std(correction=0),
+                "score_max": scores.max(),
+                "score_growth": scores.mean() - state["first_score"],
+                "kl": kl.mean(),
                 "entropy": -moments(rollout.logps, is_response)[0],
-                "response_tokens": response_tokens.mean(), "ended_by_eos": ended.mean(),
-                "policy_loss": means[0], "value_loss": means[1],
-                "policy_clipfrac": means[2], "value_clipfrac": means[3], "ratio_mean": means[4],
-                "explained_variance": 1 - residual / spread, "returns_mean": moments(returns, is_response)[0],
-                "seconds_sample": seconds[0], "seconds_score": seconds[1], "seconds_learn": seconds[2],
+                "response_tokens": response_tokens.mean(),
+                "ended_by_eos": ended.mean(),
+                "policy_loss": means[0],
+                "value_loss": means[1],
+                "policy_clipfrac": means[2],
+                "value_clipfrac": means[3],
+                "ratio_mean": means[4],
+                "explained_variance": 1 - residual / spread,
+                "returns_mean": moments(returns, is_response)[0],
+                "seconds_sample": seconds[0],
+                "seconds_score": seconds[1],
+                "seconds_learn": seconds[2],
             }
             state["below_zero"] = state["below_zero"] + 1 if kl.mean() < -1e-3 else 0
             if state["below_zero"] == 5:
-                process.print(f"warning: step {step}: the mean KL has been below 0 for 5 steps, which a KL cannot be: "
-                              "the responses are not drawn from the policy's own distribution")
+                process.print(
+                    f"warning: step {step}: the mean KL has been below 0 for 5 steps, which a KL cannot be: "
+                    "the responses are not drawn from the policy's own distribution"
+                )
             state["too_far"] = bool(0 < args.max_kl < kl.mean())
             if metrics.add(step, values, last=state["too_far"], prompts=len(batch)):
                 first = [rollout.prompts[0], rollout.responses[0]]

@@ -134,8 +134,14 @@ def constrained_ranking_loss(
 
 @torch.inference_mode()
 def encode_texts(
-    texts: list[str], encoder: str, pooling: str = "cls", max_length: int = 512, batch_tokens: int = 8192, device="cpu",
-    trust_remote_code: bool = False, progress=lambda batches: batches,
+    texts: list[str],
+    encoder: str,
+    pooling: str = "cls",
+    max_length: int = 512,
+    batch_tokens: int = 8192,
+    device="cpu",
+    trust_remote_code: bool = False,
+    progress=lambda batches: batches,
 ) -> torch.Tensor:
     """Embed texts with a frozen Hugging Face encoder, the input of `cosine_similarity`.
 

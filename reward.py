@@ -29,9 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from priors import (
-    cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound, ranking_loss
-)
+from priors import cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound, ranking_loss
 
 
 @dataclass
@@ -92,19 +90,40 @@ class Args:
 
 # The paper's settings; the embedded task's are the defaults above.
 PAPER = dict(
-    ranked_dataset="", encoder="google-bert/bert-base-uncased", encoder_pooling="cls", weight_decay=0.1, epochs=1,
-    micro_batch_size=4, zero_stage=2, dtype="bf16", gradient_checkpointing=True,
+    ranked_dataset="",
+    encoder="google-bert/bert-base-uncased",
+    encoder_pooling="cls",
+    weight_decay=0.1,
+    epochs=1,
+    micro_batch_size=4,
+    zero_stage=2,
+    dtype="bf16",
+    gradient_checkpointing=True,
 )
 TLDR = "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet/comparisons"
 TASKS = {
     "toy": {},
-    "alpaca": PAPER | dict(
-        dataset="hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json", eval_dataset="",
-        max_length=512, global_batch_size=16, learning_rate=3e-6, random_low=4.0, random_high=5.0, fixed_bound=4.5,
+    "alpaca": PAPER
+    | dict(
+        dataset="hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json",
+        eval_dataset="",
+        max_length=512,
+        global_batch_size=16,
+        learning_rate=3e-6,
+        random_low=4.0,
+        random_high=5.0,
+        fixed_bound=4.5,
     ),
-    "tldr": PAPER | dict(  # Upstream: evaluated on valid1
-        dataset=f"{TLDR}/train/*.parquet:train", eval_dataset=f"{TLDR}/validation/*.parquet:valid2",
-        max_length=1024, global_batch_size=64, learning_rate=1e-6, random_low=5.0, random_high=6.0, fixed_bound=5.0,
+    "tldr": PAPER
+    | dict(  # Upstream: evaluated on valid1
+        dataset=f"{TLDR}/train/*.parquet:train",
+        eval_dataset=f"{TLDR}/validation/*.parquet:valid2",
+        max_length=1024,
+        global_batch_size=64,
+        learning_rate=1e-6,
+        random_low=5.0,
+        random_high=6.0,
+        fixed_bound=5.0,
     ),
 }
 BETAS = {
@@ -176,7 +195,11 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
         mine = [text for both in texts[process.rank :: process.world_size] for text in both]
         progress = functools.partial(tqdm, desc="similarity", unit="batch", mininterval=2, disable=process.rank > 0)
         embeddings = encode_texts(
-            mine, args.encoder, args.encoder_pooling, device=process.device, progress=progress,
+            mine,
+            args.encoder,
+            args.encoder_pooling,
+            device=process.device,
+            progress=progress,
             trust_remote_code=args.trust_remote_code,
         )
         return torch.tensor(common.interleaved(cosine_similarity(embeddings[0::2], embeddings[1::2]).tolist()))
@@ -259,8 +282,11 @@ def main(args: Args) -> None:
     model = common.load_reward_model("--model", args.model, args, tokenizer, config, new_head=args.epochs > 0)
     engine = common.make_engine(model, args, config, total_steps, process)
     collator = functools.partial(
-        collate, pad_token_id=tokenizer.pad_token_id, share_prefix=common.check_model(engine, model, args, process),
-        dtype=model.dtype, device=process.device,
+        collate,
+        pad_token_id=tokenizer.pad_token_id,
+        share_prefix=common.check_model(engine, model, args, process),
+        dtype=model.dtype,
+        device=process.device,
     )
     output_dir = common.open_output(args, process, OUTPUTS)
     shown = ("loss", "accuracy", "margin_mean", "margin_max")

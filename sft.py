@@ -72,13 +72,21 @@ ALPACA = "hf://datasets/tatsu-lab/alpaca_farm@refs/convert/parquet/alpaca_instru
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
 TASKS = {
     "toy": {},
-    "alpaca": PAPER | dict(
-        dataset=f"{ALPACA}/sft/*.parquet", eval_dataset=f"{ALPACA}/val/*.parquet",
-        max_length=512, global_batch_size=128, learning_rate=2e-5,
+    "alpaca": PAPER
+    | dict(
+        dataset=f"{ALPACA}/sft/*.parquet",
+        eval_dataset=f"{ALPACA}/val/*.parquet",
+        max_length=512,
+        global_batch_size=128,
+        learning_rate=2e-5,
     ),
-    "tldr": PAPER | dict(
-        dataset=f"{TLDR}:train", eval_dataset=f"{TLDR}:validation",
-        max_length=1024, global_batch_size=64, learning_rate=1e-5,
+    "tldr": PAPER
+    | dict(
+        dataset=f"{TLDR}:train",
+        eval_dataset=f"{TLDR}:validation",
+        max_length=1024,
+        global_batch_size=64,
+        learning_rate=1e-5,
     ),
 }
 OUTPUTS = ("generations.json",)

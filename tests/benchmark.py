@@ -62,13 +62,21 @@ def tldr_like(count: int) -> list[dict]:
 def prepare(args, folder: Path) -> None:
     """Write the model, the rows that all contestants see, and how many useful tokens they hold."""
     import common  # before torch
+
     import transformers
 
     tokenizer = common.load_tokenizer(args.tokenizer or common.toy_model(), False)
     config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
-        max_position_embeddings=2048, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True, **({"num_labels": 1} if args.method == "reward" else {}),
+        vocab_size=49152,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        max_position_embeddings=2048,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        **({"num_labels": 1} if args.method == "reward" else {}),
     )
     transformers.set_seed(0)
     kind = transformers.LlamaForSequenceClassification if args.method == "reward" else transformers.LlamaForCausalLM
@@ -126,6 +134,7 @@ def encoded(row: dict, tokenizer, args) -> dict | None:
 
 def ours_ppo(args, folder: Path) -> float:
     import common
+
     import ppo
 
     out = tempfile.mkdtemp(dir=folder)
@@ -141,11 +150,12 @@ def ours_ppo(args, folder: Path) -> float:
 
 
 def padded_ppo(args, folder: Path, facts: dict) -> float:
+    import common
+
     import torch
     import torch.nn.functional as F
     import transformers
 
-    import common
     import ppo
 
     tokenizer = common.load_tokenizer(str(folder / "model"), False)
@@ -177,8 +187,12 @@ def padded_ppo(args, folder: Path, facts: dict) -> float:
         )
         with torch.no_grad():
             ids = policy.generate(
-                batch.input_ids, attention_mask=batch.attention_mask, do_sample=True, top_k=0,
-                max_new_tokens=ANSWER, min_new_tokens=ANSWER,
+                batch.input_ids,
+                attention_mask=batch.attention_mask,
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=ANSWER,
+                min_new_tokens=ANSWER,
             )
             mask = torch.cat([batch.attention_mask, torch.ones_like(ids[:, PROMPT:])], 1)
             old, base, old_values = logps(policy, ids, mask), logps(reference, ids, mask), values(critic, ids, mask)
@@ -228,15 +242,34 @@ def trl_ppo(args, folder: Path, facts: dict) -> float:
         for _ in range(2)
     )
     config = PPOConfig(
-        output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=args.batch, gradient_accumulation_steps=1,
-        local_rollout_forward_batch_size=args.batch, num_ppo_epochs=1, num_mini_batches=1, response_length=ANSWER,
-        total_episodes=facts["rows"], num_sample_generations=0, temperature=1.0, use_cpu=True, bf16=True,
-        gradient_checkpointing=False, learning_rate=1e-5, save_strategy="no", report_to=["tensorboard"],
+        output_dir=tempfile.mkdtemp(dir=folder),
+        per_device_train_batch_size=args.batch,
+        gradient_accumulation_steps=1,
+        local_rollout_forward_batch_size=args.batch,
+        num_ppo_epochs=1,
+        num_mini_batches=1,
+        response_length=ANSWER,
+        total_episodes=facts["rows"],
+        num_sample_generations=0,
+        temperature=1.0,
+        use_cpu=True,
+        bf16=True,
+        gradient_checkpointing=False,
+        learning_rate=1e-5,
+        save_strategy="no",
+        report_to=["tensorboard"],
         disable_tqdm=True,
     )
     trainer = PPOTrainer(
-        args=config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=scorer,
-        value_model=critic, train_dataset=rows, eval_dataset=rows.select(range(args.batch)), callbacks=[clock],
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=scorer,
+        value_model=critic,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(args.batch)),
+        callbacks=[clock],
     )
     trainer.train()
     return args.batch * (clock.steps - 1) / (clock.last - clock.first)
@@ -263,11 +296,11 @@ def ours(args, folder: Path, *flags: str) -> float:
 
 
 def padded(args, folder: Path, facts: dict) -> float:
+    import common
+
     import torch
     import torch.nn.functional as F
     import transformers
-
-    import common
 
     tokenizer = common.load_tokenizer(str(folder / "model"), False)
     kind = "AutoModelForSequenceClassification" if args.method == "reward" else "AutoModelForCausalLM"
@@ -334,9 +367,18 @@ def trl(args, folder: Path, facts: dict) -> float:
         trl.trainer.utils._use_triton = lambda device: True  # read only where it decides which positions are scored
     clock, name = Clock(), {"reward": "Reward", "dpo": "DPO", "sft": "SFT"}[args.method]
     config = getattr(trl, f"{name}Config")(
-        output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=args.batch, max_length=args.max_length,
-        bf16=True, use_cpu=True, num_train_epochs=1, learning_rate=1e-5, logging_steps=5, save_strategy="no",
-        gradient_checkpointing=False, report_to=["tensorboard"], disable_tqdm=True,
+        output_dir=tempfile.mkdtemp(dir=folder),
+        per_device_train_batch_size=args.batch,
+        max_length=args.max_length,
+        bf16=True,
+        use_cpu=True,
+        num_train_epochs=1,
+        learning_rate=1e-5,
+        logging_steps=5,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        report_to=["tensorboard"],
+        disable_tqdm=True,
     )
     rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
     trainer = getattr(trl, f"{name}Trainer")(f"{folder}/model", args=config, train_dataset=rows, callbacks=[clock])

@@ -17,6 +17,7 @@ if worker and hasattr(os, "sched_setaffinity"):  # each of pytest-xdist's worker
     os.sched_setaffinity(0, cores[int(worker[2:]) :: count] or cores)
 
 import common  # before torch
+
 import pytest
 import torch
 import transformers

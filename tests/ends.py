@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import common
+
 import sft
 
 # ---------------------------------------------------------------- what happens, on which rank

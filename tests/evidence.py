@@ -56,7 +56,9 @@ import common  # before torch
 import filelock
 import numpy as np
 import torch
+import toy_data
 import transformers
+from helpers import lines
 from scipy.special import expit, gammaln
 from scipy.stats import pearsonr, spearmanr
 
@@ -65,8 +67,6 @@ import ppo
 import priors
 import reward
 import sft
-import toy_data
-from helpers import lines
 
 FLIPPED = 0.15  # labels turned round
 PAIRS = {"train": 4000, "eval": 800}
@@ -399,8 +399,11 @@ def ppo_record(seed: Seed, arm: str) -> dict:
     windows = [steps[i : i + 10] for i in range(0, len(steps), 10)]
     mean = {name: [float(np.mean([s[name] for s in w])) for w in windows] for name in ("score_growth", "kl")}
     return {
-        "steps": [w[-1]["step"] for w in windows], "kl": mean["kl"], "growth": mean["score_growth"],
-        "G": [x / spread for x in mean["score_growth"]], "σ₀": spread,
+        "steps": [w[-1]["step"] for w in windows],
+        "kl": mean["kl"],
+        "growth": mean["score_growth"],
+        "G": [x / spread for x in mean["score_growth"]],
+        "σ₀": spread,
         "gold": [float(np.mean([found[s["step"]] for s in w])) for w in windows],
     }
 
@@ -465,10 +468,13 @@ def real_record(args, seed: int, arm: str, epochs: int) -> dict:
     last, training = metrics[-1], [line for line in metrics if line["split"] == "train"]
     chosen, rejected = (np.array([line[f"{side}_score"] for line in held_out]) for side in ("chosen", "rejected"))
     return {
-        "accuracy": last["accuracy"], "Spearman": last.get("ranked_spearman", np.nan),
+        "accuracy": last["accuracy"],
+        "Spearman": last.get("ranked_spearman", np.nan),
         "Kendall": last.get("ranked_kendall", np.nan),
-        "margin p99": np.quantile(margin, 0.99), "largest margin": margin.max(),
-        "σ₀": np.concatenate([chosen, rejected]).std(), "binds held out": over(margin, bound),
+        "margin p99": np.quantile(margin, 0.99),
+        "largest margin": margin.max(),
+        "σ₀": np.concatenate([chosen, rejected]).std(),
+        "binds held out": over(margin, bound),
         "train accuracy, last steps": np.mean([line["accuracy"] for line in training[-20:]]),
         "calibration": {"raw": calibration(expit(margin)), "tempered": calibration(tempered(margin))},
         "tokens_per_s": float(np.median([line["tokens_per_s"] for line in training[5:]])),
@@ -593,8 +599,11 @@ def tables(records: list[dict]) -> None:
     table("Embedded task, 5 epochs", of["embedded"], {name: lambda r, n=name: r[n] for name in names})
     for epochs in sorted({r["epochs"] for r in of["reward"]}):
         runs = [r for r in of["reward"] if r["epochs"] == epochs]
-        binds = {f"m > {part}, {where}": lambda r, k=key, w=where: r[f"binds {w}"][k]
-                 for key, part in (("half", "δ*/2"), ("whole", "δ*")) for where in ("in training", "held out")}
+        binds = {
+            f"m > {part}, {where}": lambda r, k=key, w=where: r[f"binds {w}"][k]
+            for key, part in (("half", "δ*/2"), ("whole", "δ*"))
+            for where in ("in training", "held out")
+        }
         table(f"How often the bound binds (none, smoothing: cos_sim's), {epochs} epochs", runs, binds)
         share = np.mean([r["binds in training"]["half"] for r in runs if r["arm"] == "none"])
         state = "idle" if share < 0.05 else "at work"
@@ -610,10 +619,13 @@ def tables(records: list[dict]) -> None:
         quarters = {f"{kind}, quarter {q} of s": lambda r, n=f"{kind}, quarter {q}": r.get(n, np.nan)
                     for kind in ("accuracy", "gold accuracy") for q in (1, 2, 3, 4)}  # fmt: skip
         table(f"Accuracy by similarity, {epochs} epochs", runs, quarters)
-        kinds = {f"{figure} {kind}": lambda r, k=kind, f=figure: r["calibration"][k][f]
-                 for figure in ("nll", "brier", "ece") for kind in ("raw", "linked", "tempered")}
+        kinds = {
+            f"{figure} {kind}": lambda r, k=kind, f=figure: r["calibration"][k][f]
+            for figure in ("nll", "brier", "ece")
+            for kind in ("raw", "linked", "tempered")
+        }
         table(f"Calibration on held-out labels, {epochs} epochs", runs, kinds)
-        best = {f"{what}, n = {n}": lambda r, w=what, i=BEST_OF.index(n): r[w][i]
+        best = {f"{what}, n = {n}": lambda r, w=what, n=n: r[w][BEST_OF.index(n)]
                 for what in ("best of n", "proxy") for n in BEST_OF[2::2]}  # fmt: skip
         table(f"Best of n: gold, and the model's own score / σ₀, {epochs} epochs", runs, best)
     last = {name: lambda r, n=name: float(np.mean(r[n][-3:])) for name in ("growth", "G", "kl", "gold")}

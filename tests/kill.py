@@ -56,8 +56,10 @@ class Config:
             critic = {0: 0, 1: 1, 2: 3, 3: 3}[self.stage]
             stages = [f"--policy_zero_stage {self.stage} --critic_zero_stage {critic}"]
             stages += [f"--policy_model {work}/sft/model --reward_model {work}/reward/model"]
-        files = [f"--{flag} {few_rows(work, f'{data}_{part}', count)}" for flag, part, count in
-                 (("dataset", "train", 24), ("eval_dataset", "eval", 4))]  # three steps are an epoch
+        files = [
+            f"--{flag} {few_rows(work, f'{data}_{part}', count)}"
+            for flag, part, count in (("dataset", "train", 24), ("eval_dataset", "eval", 4))
+        ]  # three steps are an epoch
         return " ".join([FLAGS, OWN[self.script], f"--dtype {self.dtype}", *stages, *files]).split()
 
 
@@ -137,11 +139,17 @@ def start(command: list[str], folder: Path, ranks: int = 1, launcher: bool = Fal
             environment |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
         limit = file_limits[rank] if file_limits else None
         with open(f"{folder}.{rank}.out", "w") as out, open(f"{folder}.{rank}.err", "w") as err:
-            started.processes.append(subprocess.Popen(
-                command, stdout=out, stderr=err, env=environment,
-                process_group=started.processes[0].pid if rank else 0,
-                preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
-            ))
+            started.processes.append(
+                subprocess.Popen(
+                    command,
+                    stdout=out,
+                    stderr=err,
+                    env=environment,
+                    process_group=started.processes[0].pid if rank else 0,
+                    preexec_fn=limit
+                    and (lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
+                )
+            )
     return started
 
 
@@ -245,7 +253,8 @@ def differences(folder: Path, whole: Path) -> list[str]:
     found += [f"metrics.jsonl: {a} is not {b}" for a, b in zip(metrics, metrics_of(whole)) if a != b][:1]
     found += ["metrics.jsonl has other lines"] * (len(metrics) != len(metrics_of(whole)))
     found += [
-        f"TensorBoard: {tag} has steps {[step for step, _ in points]}" for tag, points in scalars.items()
+        f"TensorBoard: {tag} has steps {[step for step, _ in points]}"
+        for tag, points in scalars.items()
         if [step for step, _ in points] != sorted({step for step, _ in points})
     ][:3]
     found += ["TensorBoard's scalars differ"] * (scalars != scalars_of(whole))

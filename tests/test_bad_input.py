@@ -1,5 +1,7 @@
 """What the user can mend is said in one line before anything is written, by every script that it concerns."""
 
+import common
+
 import dataclasses
 import json
 import shutil
@@ -8,13 +10,12 @@ import deepspeed
 import pytest
 import torch
 import transformers
+from helpers import ROOT, launch
 
-import common
 import dpo
 import ppo
 import reward
 import sft
-from helpers import ROOT, launch
 
 SCRIPTS = {script.__name__: script for script in (sft, reward, dpo, ppo)}
 ROW = dict(prompt="p", chosen="a", rejected="b", completion="c")

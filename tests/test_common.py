@@ -1,5 +1,7 @@
 """common.py: rows and tokens, batches, caches, metrics, log-probabilities, models, an optimizer's step, sampling."""
 
+import common
+
 import functools
 import json
 import math
@@ -13,11 +15,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers.processors import TemplateProcessing
-
-import common
 from helpers import lines, rows_file
 from ranks import on_two_ranks
+from tokenizers.processors import TemplateProcessing
 
 CPU = torch.device("cpu")
 NONE = common.NO_LABEL
@@ -499,13 +499,13 @@ def test_token_logps_are_those_of_each_row_alone(tokenizer):
     hook.remove()
     assert heads == [6 + 3 + 1]
     without = [token for token in range(400) if token not in sum(ids, [])]
-    for found, never in ((found, []), (common.token_logps(model, **batch, never=torch.tensor(without)), without)):
+    for logps, never in ((found, []), (common.token_logps(model, **batch, never=torch.tensor(without)), without)):
         expected, temperature = [], 1.0 if never else 0.7
         for row, start in zip(ids, (3, 1, 5)):
             logits = model(torch.tensor([row])).logits[0, start - 1 : -1] / temperature
             logits[:, never] = -math.inf
             expected.append(logits.log_softmax(-1).gather(1, torch.tensor(row[start:])[:, None])[:, 0])
-        assert torch.allclose(found, torch.cat(expected), atol=1e-5)
+        assert torch.allclose(logps, torch.cat(expected), atol=1e-5)
 
 
 # ---------------------------------------------------------------- what a model is checked for
@@ -675,9 +675,7 @@ def test_an_answer_is_a_function_of_its_prompt_and_its_seed(process, tokenizer):
     rooms, seeds = [4, 12, 12, 1, 12, 12] * 2, [[9, n] for n in range(12)]
     first = answers(model, tokenizer, process, prompts, rooms, seeds, 12)
     for size, order in ((1, range(12)), (5, rng.permutation(12))):
-        again = answers(
-            model, tokenizer, process, *([own[i] for i in order] for own in (prompts, rooms, seeds)), size
-        )
+        again = answers(model, tokenizer, process, *([own[i] for i in order] for own in (prompts, rooms, seeds)), size)
         assert again == [first[i] for i in order]
     assert all(first[i] != first[i + 6] for i in (1, 2, 4, 5))  # the same prompt with another seed
     for answer, room in zip(first, rooms):
@@ -726,8 +724,11 @@ def of_two_ranks(folder: str) -> None:
     # Three micro batches on two ranks: one has nothing to do at the end, but runs as often.
     rows, runs = datasets.Dataset.from_dict(dict(number=[1.0, 2.0, 3.0, 4.0, 5.0], row_length=[3, 9, 1, 9, 4])), []
     values = common.over_rows(
-        torch.nn.Linear(1, 1), lambda columns: runs.append(1) or torch.tensor(columns["number"])[:, None], rows,
-        SimpleNamespace(micro_batch_size=2), process,
+        torch.nn.Linear(1, 1),
+        lambda columns: runs.append(1) or torch.tensor(columns["number"])[:, None],
+        rows,
+        SimpleNamespace(micro_batch_size=2),
+        process,
     )
     assert values.flatten().tolist() == [1, 2, 3, 4, 5] and len(runs) == 2
 

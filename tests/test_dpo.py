@@ -1,5 +1,7 @@
 """dpo.py: where response tokens are predicted, the reference, loss and metrics, and its runs."""
 
+import common
+
 import json
 import math
 
@@ -7,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import lines
+from test_reward import TEXTS, family_model
 
-import common
 import dpo
 import sft
-from helpers import lines
-from test_pairs import few
-from test_reward import TEXTS, family_model
 
 CPU = torch.device("cpu")
 NONE = common.NO_LABEL
@@ -118,8 +118,19 @@ def test_pair_metrics_by_hand():
     values = dpo.pair_metrics(chosen, rejected, ref_chosen, ref_rejected, bound, *losses, 0.5)
     assert values == pytest.approx(
         dict(
-            loss=4, rank_loss=2.5, constraint_loss=1.5, accuracy=0.5, margin_mean=-0.5, margin_std=2.5, margin_max=2,
-            bound_mean=1, over_bound=0.5, chosen_reward=-0.5, rejected_reward=0, chosen_logps=-11, rejected_logps=-15,
+            loss=4,
+            rank_loss=2.5,
+            constraint_loss=1.5,
+            accuracy=0.5,
+            margin_mean=-0.5,
+            margin_std=2.5,
+            margin_max=2,
+            bound_mean=1,
+            over_bound=0.5,
+            chosen_reward=-0.5,
+            rejected_reward=0,
+            chosen_logps=-11,
+            rejected_logps=-15,
             kl=0.5,
         )
     )

@@ -1,13 +1,13 @@
 """The estimators of evidence.py against numbers derived another way."""
 
+import common
+
 import itertools
 import random
 
+import evidence
 import numpy as np
 import pytest
-
-import common
-import evidence
 import toy_data
 
 
@@ -16,8 +16,10 @@ def test_inverse_link(bound):
     """The margin with the least expected loss for a true P is linked back to P."""
     grid = np.linspace(-3, 8, 200_001)
     for p in (0.5, 0.7, 0.9):
+
         def loss(m):
             return np.logaddexp(0, -m) + np.logaddexp(0, m - bound)
+
         best = grid[np.argmin(p * loss(grid) + (1 - p) * loss(-grid))]
         assert evidence.inverse_link(np.array([best]), np.array([bound]))[0] == pytest.approx(p, abs=1e-3)
 

@@ -3,6 +3,8 @@
 The oracle is the plain model on each sequence alone, in evaluation mode: no padding, no shared rows, all positions.
 """
 
+import common
+
 import json
 import math
 import re
@@ -10,17 +12,25 @@ import re
 import pytest
 import torch
 import transformers
+from helpers import lines, rows_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 
-import common
 import dpo
 import reward
 import sft
-from helpers import lines, rows_file
 
 SMALL = dict(
-    vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-    num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    head_dim=8,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
 )  # each configuration takes those that it knows
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 LATENT = dict(
@@ -46,7 +56,10 @@ FAMILIES = {
     "ctrl": dict(dff=64),
     "cwm": WINDOW,
     "dbrx": dict(
-        d_model=32, n_heads=4, n_layers=2, max_seq_len=128,
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=128,
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4, attn_pdrop=0.3),
         ffn_config=dict(ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2, moe_jitter_eps=0.3),
     ),
@@ -65,8 +78,12 @@ FAMILIES = {
     "gemma2": WINDOW,
     "gemma3_text": WINDOW,
     "gemma3n_text": dict(
-        num_hidden_layers=4, num_kv_shared_layers=1, layer_types=["sliding_attention", "full_attention"] * 2,
-        hidden_size_per_layer_input=8, vocab_size_per_layer_input=512, laurel_rank=8,
+        num_hidden_layers=4,
+        num_kv_shared_layers=1,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=512,
+        laurel_rank=8,
         activation_sparsity_pattern=[0.0] * 4,
     ),
     "glm": {},
@@ -85,7 +102,11 @@ FAMILIES = {
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": dict(num_experts=4, moe_topk=2),
     "jamba": dict(
-        attn_layer_offset=1, attn_layer_period=2, expert_layer_period=2, num_experts=4, mamba_d_state=8,
+        attn_layer_offset=1,
+        attn_layer_period=2,
+        expert_layer_period=2,
+        num_experts=4,
+        mamba_d_state=8,
         use_mamba_kernels=False,
     ),
     "jetmoe": dict(num_local_experts=4),
@@ -94,7 +115,10 @@ FAMILIES = {
     "llama": {},
     "llama biased": dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "llama4_text": dict(
-        num_local_experts=4, intermediate_size_mlp=64, interleave_moe_layer_step=2, attention_chunk_size=8,
+        num_local_experts=4,
+        intermediate_size_mlp=64,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=8,
         layer_types=["chunked_attention", "full_attention"],
     ),
     "mamba": dict(state_size=8),
@@ -110,8 +134,12 @@ FAMILIES = {
     "nanochat": {},
     "nemotron": {},
     "nemotron_h": dict(
-        layers_block_type=["mamba", "attention", "mlp"], mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8,
-        chunk_size=8, n_groups=1,
+        layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        chunk_size=8,
+        n_groups=1,
     ),
     "olmo": {},  # no parameter has one dimension
     "olmo2": {},
@@ -129,9 +157,9 @@ FAMILIES = {
     "qwen3": {},
     "qwen3_5_text": LINEAR | dict(layer_types=["linear_attention", "full_attention"]),
     "qwen3_moe": EXPERTS,
-    "qwen3_next": EXPERTS | LINEAR | dict(
-        shared_expert_intermediate_size=32, layer_types=["linear_attention", "full_attention"]
-    ),
+    "qwen3_next": EXPERTS
+    | LINEAR
+    | dict(shared_expert_intermediate_size=32, layer_types=["linear_attention", "full_attention"]),
     "recurrent_gemma": dict(num_hidden_layers=3, lru_width=32, attention_window_size=8),
     "rwkv": {},
     "seed_oss": {},
@@ -152,8 +180,21 @@ REFUSED = {
 }
 # Positions of the mask and of the keys' own order differ in shared rows: states, convolutions, windows, ALiBi.
 UNSHARED = (
-    "bamba", "falcon alibi", "gpt_neo", "jamba", "lfm2", "lfm3", "llama4_text", "mamba2", "minimax", "mistral window",
-    "mpt", "qwen3_5_text", "qwen3_next", "rwkv", "zamba2",
+    "bamba",
+    "falcon alibi",
+    "gpt_neo",
+    "jamba",
+    "lfm2",
+    "lfm3",
+    "llama4_text",
+    "mamba2",
+    "minimax",
+    "mistral window",
+    "mpt",
+    "qwen3_5_text",
+    "qwen3_next",
+    "rwkv",
+    "zamba2",
 )
 PAIRS = [
     ("Customer: Where is the milk?\nClerk:\n", "Aisle 3.", "You will find milk in aisle 2. Have a nice day!"),

@@ -3,6 +3,8 @@
 The oracle is the one of test_families.py: the plain model on each sequence alone. That file has the other scripts.
 """
 
+import common
+
 import json
 from pathlib import Path
 
@@ -10,24 +12,46 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
-import common
-import dpo
-import ppo
-import reward
-import sft
 from helpers import lines
 from ranks import on_two_ranks
 from test_families import (
-    CLASSIFIERS, REFUSED, SHORT, data, no_figures, plain, run_dpo, run_reward, run_sft, save_model, small_config
+    CLASSIFIERS,
+    REFUSED,
+    SHORT,
+    plain,
+    run_dpo,
+    run_reward,
+    run_sft,
+    save_model,
+    small_config,
 )
 from test_faults_models import data_flags
 from test_ppo import logps_alone, values_alone, watch
 
+import dpo
+import ppo
+import reward
+import sft
+
 CAUSAL, CLASSIFIER = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
 FAMILIES = (
-    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "opt", "phi", "falcon",
-    "falcon alibi", "olmo2", "cohere", "granite", "bloom",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "gpt2",
+    "opt",
+    "phi",
+    "falcon",
+    "falcon alibi",
+    "olmo2",
+    "cohere",
+    "granite",
+    "bloom",
 )
 SHARDED = ("gpt2", "gpt_neox", "gemma3_text", "falcon")  # tied and not, with and without biases, Conv1D
 PPO = "--max_steps 1 --global_batch_size 4 --micro_batch_size 2 --max_new_tokens 8 --generate 3".split()

@@ -1,5 +1,7 @@
 """Data, files and environment: what is read and held out, what is written, and what other programs leave behind."""
 
+import common
+
 import contextlib
 import dataclasses
 import errno
@@ -23,13 +25,12 @@ import datasets
 import pytest
 import torch
 import transformers
+from helpers import ROOT, lines
 
-import common
 import dpo
 import ppo
 import reward
 import sft
-from helpers import ROOT, lines
 
 SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
@@ -42,8 +43,16 @@ def tiny(toy, tokenizer, tmp_path_factory) -> dict[str, str]:
     """Folders of a language model, lm, and a reward model, rm, with the toy's tokenizer and one layer of width 16."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=512, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     rm = transformers.LlamaConfig(**config.to_dict() | dict(num_labels=1, problem_type="regression"))
     made = {"lm": transformers.LlamaForCausalLM(config), "rm": transformers.LlamaForSequenceClassification(rm)}
@@ -678,7 +687,10 @@ def test_a_full_disk_on_two_ranks(toy, tmp_path):
     def mounted(command):
         return subprocess.run(
             ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(disk), *command],
-            capture_output=True, text=True, env=environment(COPY=str(copy)), timeout=200,
+            capture_output=True,
+            text=True,
+            env=environment(COPY=str(copy)),
+            timeout=200,
         )
 
     if shutil.which("unshare") and mounted(["true"]).returncode == 0:
@@ -686,9 +698,7 @@ def test_a_full_disk_on_two_ranks(toy, tmp_path):
         done, out = mounted(command), copy / "out"
     else:  # no file systems of one's own here: files that may not grow
         limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment(), timeout=200, preexec_fn=limit
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200, preexec_fn=limit)
         out = disk / "out"
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("sft.py: error:")]
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
@@ -941,10 +951,16 @@ def test_a_terminal_without_unicode(encoding, tiny, tmp_path):
     job = dict(SLURM_JOB_ID="1", SLURM_NTASKS="8", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NNODES="1")
     done = subprocess.run(
         [sys.executable, "-c", POOR_TERMINAL, json.dumps(runs if encoding == "ascii" else {})],
-        capture_output=True, timeout=200,
+        capture_output=True,
+        timeout=200,
         env=environment(
-            LANG="C", LC_ALL="C", PYTHONIOENCODING=encoding, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0",
-            PYTHONPATH=str(ROOT), **job,
+            LANG="C",
+            LC_ALL="C",
+            PYTHONIOENCODING=encoding,
+            PYTHONUTF8="0",
+            PYTHONCOERCECLOCALE="0",
+            PYTHONPATH=str(ROOT),
+            **job,
         ),
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]

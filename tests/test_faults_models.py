@@ -1,5 +1,7 @@
 """Models unlike the embedded one: what they need is done, or refused in one line before anything is written."""
 
+import common
+
 import json
 import math
 import re
@@ -10,14 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from helpers import launch, lines, rows_file
+from test_families import PAIRS, SMALL, plain, save_model, scores, small_config
 
-import common
 import dpo
 import ppo
 import reward
 import sft
-from helpers import launch, lines, rows_file
-from test_families import PAIRS, SMALL, plain, save_model, scores, small_config
 
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 SCRIPTS = dict(sft=sft, reward=reward, dpo=dpo, ppo=ppo)
@@ -318,8 +319,16 @@ def test_ppo_samples_what_the_tokenizer_can_name(step, tokenizer, data, tmp_path
     moves."""
     policy, judge = padded_policy(tmp_path / "policy", tokenizer), reward_llama(tmp_path / "reward", tokenizer)
     still = "--policy_learning_rate 0 --critic_learning_rate 0 --minibatches 2 --generate 4 --max_new_tokens 8".split()
-    step(ppo, *models_for("ppo", policy, judge), "--judge_model", judge, *data, *still,
-         "--output_dir", str(tmp_path / "out"))
+    step(
+        ppo,
+        *models_for("ppo", policy, judge),
+        "--judge_model",
+        judge,
+        *data,
+        *still,
+        "--output_dir",
+        str(tmp_path / "out"),
+    )
     _, first, _ = lines(tmp_path / "out" / "metrics.jsonl")
     assert 0 < first["entropy"] < math.log(512) + 0.5
     assert first["ratio_mean"] == pytest.approx(1, abs=1e-3) and first["kl"] == pytest.approx(0, abs=1e-3)
@@ -522,7 +531,8 @@ def test_attention_that_looks_ahead_is_refused(refuses, tokenizer, data, tmp_pat
     both = save_model(tmp_path / "both", config, tokenizer, **kind)
     policy, judge = llama(tmp_path / "policy", tokenizer), reward_llama(tmp_path / "judge", tokenizer)
     argv = {
-        "model": models_for(name, both, judge), "reward": models_for(name, policy, both),
+        "model": models_for(name, both, judge),
+        "reward": models_for(name, policy, both),
         "judge": [*models_for(name, policy, judge), "--judge_model", both],
     }
     refuses(SCRIPTS[name], [*argv[role], *data], "both", "causal|later|ahead")
@@ -530,7 +540,9 @@ def test_attention_that_looks_ahead_is_refused(refuses, tokenizer, data, tmp_pat
 
 def test_llama_4_lacks_a_classifier(step, refuses, tokenizer, data, tmp_path):
     """It trains as a language model; Transformers has no score head for it, which is what the refusal says."""
-    sizes = dict(intermediate_size_mlp=32, num_local_experts=2, head_dim=8, num_key_value_heads=2, num_attention_heads=2)
+    sizes = dict(
+        intermediate_size_mlp=32, num_local_experts=2, head_dim=8, num_key_value_heads=2, num_attention_heads=2
+    )
     config = transformers.Llama4TextConfig(**SMALL | sizes)
     model = save_model(tmp_path / "llama4", config, tokenizer)
     step(sft, "--model", model, *data, "--output_dir", str(tmp_path / "out"))

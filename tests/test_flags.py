@@ -1,18 +1,19 @@
 """The flags of the four scripts: --help, what wins over what, the paper's runs, batches on several ranks, readers."""
 
+import common
+
 import argparse
 import dataclasses
 import shlex
 
 import pytest
 import torch
+from helpers import rows_file
 
-import common
 import dpo
 import ppo
 import reward
 import sft
-from helpers import rows_file
 
 SCRIPTS = {script.__name__: script for script in (sft, reward, dpo, ppo)}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
@@ -97,13 +98,28 @@ ALL = dict(dtype="bf16", gradient_checkpointing=True, seed=42, micro_batch_size=
 TABLE = {
     "sft": dict(weight_decay=0.0, epochs=3, warmup_steps=0, zero_stage=2, train_on_prompt=False),
     "reward": BERT | dict(weight_decay=0.1, epochs=1, warmup_steps=0, zero_stage=2),
-    "dpo": BERT | dict(
+    "dpo": BERT
+    | dict(
         weight_decay=0.0, epochs=1, warmup_steps=0, zero_stage=2, kl_beta=0.1, label_smoothing=0.0, live_reference=False
     ),
     "ppo": dict(
-        global_batch_size=128, policy_learning_rate=1e-5, critic_learning_rate=5e-6, weight_decay=0.1, epochs=1,
-        ppo_epochs=1, minibatches=1, warmup_steps=100, policy_zero_stage=2, critic_zero_stage=3, kl_coef=0.1,
-        score_clip=5.0, missing_eos_penalty=0.0, gamma=1.0, gae_lambda=0.95, cliprange=0.2, cliprange_value=0.2,
+        global_batch_size=128,
+        policy_learning_rate=1e-5,
+        critic_learning_rate=5e-6,
+        weight_decay=0.1,
+        epochs=1,
+        ppo_epochs=1,
+        minibatches=1,
+        warmup_steps=100,
+        policy_zero_stage=2,
+        critic_zero_stage=3,
+        kl_coef=0.1,
+        score_clip=5.0,
+        missing_eos_penalty=0.0,
+        gamma=1.0,
+        gae_lambda=0.95,
+        cliprange=0.2,
+        cliprange_value=0.2,
         temperature=1.0,
     ),
     ("sft", "alpaca"): dict(max_length=512, global_batch_size=128, learning_rate=2e-5),

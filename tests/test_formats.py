@@ -1,5 +1,7 @@
 """Conversations and implicit prompts: what is tokenized is what the chat template gives, and generation sees."""
 
+import common
+
 import csv
 import io
 import json
@@ -8,14 +10,13 @@ import datasets
 import pyarrow
 import pytest
 import transformers
+from helpers import rows_file
+from test_families import SMALL, save_model
 
-import common
 import dpo
 import ppo
 import reward
 import sft
-from helpers import rows_file
-from test_families import SMALL, save_model
 
 TURN = "{% for m in messages %}"
 TEMPLATES = {  # name: template, EOS, further special tokens
@@ -23,18 +24,22 @@ TEMPLATES = {  # name: template, EOS, further special tokens
         "{{ bos_token }}" + TURN + "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
         "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-        "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"],
+        "<|eot_id|>",
+        ["<|start_header_id|>", "<|end_header_id|>"],
     ),
     "chatml": (
-        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + TURN
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+        + TURN
         + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        "<|im_end|>", ["<|im_start|>"],
+        "<|im_end|>",
+        ["<|im_start|>"],
     ),
     "zephyr": (
         TURN + "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-        "</s>", [],
+        "</s>",
+        [],
     ),
 }
 SYSTEM = {"role": "system", "content": "You sell fruit."}
@@ -106,7 +111,11 @@ def test_demonstrations_and_prompts(tokenizer):
         found = sft.encode_row(row, tokenizer, 1000, False)
         assert (found["ids"], found["prompt_ids"], found["start"]) == (expected, start, len(start))
     for turns in ([ASK], [SYSTEM, ASK]):
-        for row in (dict(prompt=turns), dict(messages=turns), dict(messages=[*turns, YES], prompt="a text beside them")):
+        for row in (
+            dict(prompt=turns),
+            dict(messages=turns),
+            dict(messages=[*turns, YES], prompt="a text beside them"),
+        ):
             found = ppo.encode_prompt(row, tokenizer, 1000)["prompt_ids"]
             assert found == template_ids(tokenizer, turns, ask=True)
 

@@ -6,14 +6,14 @@ import math
 import shutil
 from pathlib import Path
 
+import hub
 import pytest
 import torch
 import transformers
 from datasets import Dataset
+from helpers import ROOT, launch, lines, rows_file
 from safetensors.torch import load_file
 
-import hub
-from helpers import ROOT, launch, lines, rows_file
 from priors import cosine_similarity, encode_texts
 
 WORDS = "amber birch cedar delta ember fjord grove heron islet jetty knoll larch maple north otter pearl".split()
@@ -39,7 +39,8 @@ LISTED = {
     "reward ultrafeedback": f"{CHAT} --dataset {ULTRA}:train_prefs --eval_dataset {ULTRA}:test_prefs",
     "dpo ultrafeedback": f"{CHAT} --dataset {ULTRA}:train_prefs --eval_dataset {ULTRA}:test_prefs --generate 2",
     "sft ultrafeedback": f"{CHAT} --dataset {ULTRA}:train_prefs --eval_dataset {ULTRA}:test_prefs --generate 2",
-    "ppo ultrafeedback": f"--policy_model someone/tiny-chat --reward_model someone/tiny-rm --dataset {ULTRA}:train_prefs --eval_dataset {ULTRA}:test_prefs --max_new_tokens 8",
+    "ppo ultrafeedback": "--policy_model someone/tiny-chat --reward_model someone/tiny-rm --max_new_tokens 8 "
+    f"--dataset {ULTRA}:train_prefs --eval_dataset {ULTRA}:test_prefs",
     "reward trl": f"{LM} --dataset {TRL}-preference:train --eval_dataset {TRL}-preference:validation",
     "sft trl": f"{LM} --dataset {TRL}:train --eval_dataset {TRL}:test --generate 2",
 }

@@ -1,5 +1,7 @@
 """What other programs make of the files of a run: transformers, TRL, AlpacaEval and the Hub's model card."""
 
+import common
+
 import importlib.util
 import json
 import re
@@ -10,13 +12,12 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from helpers import ROOT, lines, rows_file
 
-import common
 import dpo
 import ppo
 import reward
 import sft
-from helpers import ROOT, lines, rows_file
 from priors import constrained_ranking_loss
 
 CAUSAL, CLASSIFIER = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
@@ -165,8 +166,17 @@ def alone(monkeypatch):
 def settings(config, folder, **rest):
     """A trainer's, of one step on four rows on the CPU in fp32, each step logged."""
     return config(
-        output_dir=str(folder), max_steps=1, per_device_train_batch_size=4, logging_steps=1, report_to="none",
-        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True, **rest,
+        output_dir=str(folder),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        **rest,
     )
 
 
@@ -194,7 +204,9 @@ def test_a_reward_model_in_trl(alone, runs, tokenizer, tmp_path, kind):
         getattr(trl, f"{kind}Config"), tmp_path, num_generations=2, max_completion_length=8, temperature=1.0
     )
     trainer = getattr(trl, f"{kind}Trainer")(
-        model=str(runs / "sft" / "model"), reward_funcs=[folder, with_both_ends], args=config,
+        model=str(runs / "sft" / "model"),
+        reward_funcs=[folder, with_both_ends],
+        args=config,
         train_dataset=datasets.Dataset.from_dict({"prompt": PROMPTS}),
     )
     trainer.train()
@@ -216,7 +228,8 @@ def test_the_readmes_trainer_in_trl(alone, runs, tokenizer, tmp_path):
     (code,) = re.findall(r"```python\n(import torch\nfrom trl[^`]*)```", readme)
     folder = str(runs / "reward" / "model")
     names = dict(
-        model=CLASSIFIER.from_pretrained(folder), args=settings(trl.RewardConfig, tmp_path),
+        model=CLASSIFIER.from_pretrained(folder),
+        args=settings(trl.RewardConfig, tmp_path),
         dataset=datasets.Dataset.from_list(
             [{side: row[side] for side in ("prompt", "chosen", "rejected")} for row in PAIRS]
         ),

@@ -1,5 +1,7 @@
 """The authors' loss at each token, a similarity that comes with the data, and bounds that are dealt to other pairs."""
 
+import common
+
 import functools
 import json
 import math
@@ -9,13 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from helpers import launch, lines, rows_file
+from test_reward import CPU, TEXTS, columns, encoded, family_model
 
-import common
 import dpo
 import reward
-from helpers import launch, lines, rows_file
-from test_pairs import few
-from test_reward import CPU, TEXTS, columns, encoded, family_model
 
 SHORT = "--max_steps 2 --log_every 1 --global_batch_size 8 --micro_batch_size 4"
 

@@ -1,5 +1,7 @@
 """reward.py and dpo.py alike: each pair meets its own bound, and nothing about the machine changes what is learned."""
 
+import common
+
 import inspect
 import json
 import math
@@ -9,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-
-import common
-import dpo
-import reward
 from helpers import lines, rows_file
 from ranks import on_two_ranks
+from safetensors.torch import load_file
+
+import dpo
+import reward
 
 SCRIPTS = dict(reward=reward, dpo=dpo)
 KEYS = dict(reward=("chosen_score", "rejected_score"), dpo=("chosen_logps", "rejected_logps"))
@@ -115,8 +116,16 @@ def start_folder(folder: Path, seed: int) -> str:
     """A Llama with weights of over 100,000 numbers, under which ZeRO-3 would not shard them."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=1600, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=1600,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     common.load_tokenizer(common.toy_model(), False).save_pretrained(folder)

@@ -1,5 +1,7 @@
 """ppo.py: rewards, advantages and losses by hand, log-probabilities and padding, what a token weighs, runs."""
 
+import common
+
 import functools
 import json
 import math
@@ -8,13 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from helpers import lines, rows_file
+from ranks import on_two_ranks
 
-import common
 import ppo
 import reward
 import sft
-from helpers import lines, rows_file
-from ranks import on_two_ranks
 
 SHORT = "--max_steps 2 --log_every 1 --global_batch_size 16 --generate 6 --max_new_tokens 24"
 KEYS = set(

@@ -1,19 +1,22 @@
 """The README against the code: its commands parse, its files exist, its flags and keys are those of real runs."""
 
+import common
+
 import dataclasses
 import importlib
 import itertools
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
+from helpers import ROOT, lines, rows_file
 
-import common
 import dpo
 import ppo
 import reward
 import sft
-from helpers import ROOT, lines, rows_file
 
 SCRIPTS = {script.__name__: script for script in (sft, reward, dpo, ppo)}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,7 +46,8 @@ def test_the_papers_runs_are_there():
     expected += [f"dpo.py --task alpaca --constraint {constraint}" for constraint in five[:3]]
     expected += [
         f"ppo.py --task {task} --policy_model sft/model --reward_model {constraint}/model"
-        for task in tasks for constraint in five[:3]
+        for task in tasks
+        for constraint in five[:3]
     ]
     assert runs == {tuple(run.split()) for run in expected} and len(runs) == 21
 
@@ -137,3 +141,9 @@ def test_every_key_of_the_table_is_logged(logged):
         assert keys and set().union(*found.values()) == keys, cell
         assert {name for name in found if found[name]} == {name for name in each if each[name] == "x"}, cell
         assert not ("(eval)" in cell and any(train.values())), cell
+
+
+@pytest.mark.parametrize("command", ["check", "format --check"])
+def test_ruff(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command.split(), str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

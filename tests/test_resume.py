@@ -1,5 +1,7 @@
 """No run is lost: what is killed, stopped or refused room goes on with --resume to the same bits, or says why not."""
 
+import common
+
 import contextlib
 import errno
 import itertools
@@ -9,16 +11,15 @@ import resource
 import shutil
 import signal
 
+import kill
 import pytest
 import safetensors.torch
+from helpers import lines
 
-import common
 import dpo
-import kill
 import ppo
 import reward
 import sft
-from helpers import lines
 
 SCRIPTS = dict(sft=sft, reward=reward, dpo=dpo, ppo=ppo)
 SFT = kill.Config("sft")

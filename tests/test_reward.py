@@ -1,16 +1,17 @@
 """reward.py's parts, and the embedded task: encoded pairs, shared rows, bounds and metrics."""
 
+import common
+
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+import toy_data
 import transformers
 
-import common
 import reward
-import toy_data
 
 CPU = torch.device("cpu")
 
@@ -137,8 +138,17 @@ def test_pair_metrics_by_hand():
     values = reward.pair_metrics(chosen, rejected, torch.full((3,), 5.0), rank_loss, constraint_loss)
     assert values == pytest.approx(
         dict(
-            loss=2, rank_loss=1, constraint_loss=1, accuracy=2 / 3, margin_mean=7 / 3, margin_std=math.sqrt(222 / 27),
-            margin_max=6, bound_mean=5, over_bound=1 / 3, chosen_score=5 / 3, rejected_score=-2 / 3,
+            loss=2,
+            rank_loss=1,
+            constraint_loss=1,
+            accuracy=2 / 3,
+            margin_mean=7 / 3,
+            margin_std=math.sqrt(222 / 27),
+            margin_max=6,
+            bound_mean=5,
+            over_bound=1 / 3,
+            chosen_score=5 / 3,
+            rejected_score=-2 / 3,
             score_std=math.sqrt((4 + 0 + 9 + 0 + 1 + 9) / 6 - (3 / 6) ** 2),
         )
     )

@@ -1,5 +1,7 @@
 """reward.py as it is called: what it learns, writes, saves and caches."""
 
+import common
+
 import json
 import math
 
@@ -7,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
-import common
-import reward
 from helpers import launch, lines
-from test_pairs import few
+
+import reward
 
 SHORT = "--max_steps 3 --log_every 1 --micro_batch_size 4 --global_batch_size 16"
 EVAL_KEYS = set(

@@ -1,5 +1,7 @@
 """sft.py: which rows are kept, which tokens are under the loss, the sampled answers, runs on one and two ranks."""
 
+import common
+
 import json
 import math
 import re
@@ -8,12 +10,11 @@ import shutil
 import pytest
 import torch
 import transformers
-
-import common
-import reward
-import sft
 from helpers import lines, rows_file
 from ranks import on_two_ranks
+
+import reward
+import sft
 
 CPU = torch.device("cpu")
 SHORT = "--max_steps 3 --log_every 1 --micro_batch_size 4 --generate 5"

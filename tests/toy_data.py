@@ -196,7 +196,9 @@ def build_toy(files: dict[str, list[dict]]) -> dict[str, str]:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=512,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     rows = [row for name, rows in sorted(files.items()) if name.endswith("_train.jsonl") for row in rows]
@@ -206,9 +208,19 @@ def build_toy(files: dict[str, list[dict]]) -> dict[str, str]:
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=1024
     )
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=1024, initializer_range=0.1, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, architectures=["LlamaForCausalLM"], dtype=torch.float32,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        architectures=["LlamaForCausalLM"],
+        dtype=torch.float32,
     )
     with tempfile.TemporaryDirectory() as folder:
         for part in (tokenizer, config, transformers.GenerationConfig.from_model_config(config)):
