@@ -1,24 +1,25 @@
 """What is the same for any loss: process, flags, rows, batches, models, the DeepSpeed engine, metrics and files.
 
-Nothing of a method lives here. A script calls, in this order: run, check_flags, start, engine_config, load_tokenizer,
-load_data, load_language_model or load_reward_model, make_engine, check_model, open_output, Metrics, optimizer_step,
-save_model. Errors that the user can mend are `InputError`s: one line on stderr.
-
-Symbols in the shapes: R rows of a micro batch, T tokens of a row, N chosen positions, B pairs, V vocabulary, n rows.
+Nothing of a method lives here. What the user can mend is an `InputError`: one line on stderr. Symbols in the shapes:
+R rows of a micro batch, T tokens of a row, N chosen positions, B pairs, V vocabulary, n rows of a data set.
 """
 
 import os
+from pathlib import Path
 
-# Read when torch is loaded, so scripts import this file first. Idle threads that spin slow down whatever else runs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is loaded, so scripts import this file first. Waiting threads sleep and leave the cores to what else
+# runs; but on virtual Intel cores waking them costs a third of a small model's rate, so there they spin.
+cpu = Path("/proc/cpuinfo")
+if not (cpu.exists() and "GenuineIntel" in cpu.read_text()):
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import argparse
 import contextlib
 import csv
 import ctypes
 import dataclasses
 import datetime
-import errno
 import functools
 import glob
 import hashlib
@@ -29,17 +30,13 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
-import threading
 import time
 import traceback
 import warnings
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import deepspeed
-import filelock
 import huggingface_hub
 import numpy as np
 import pyarrow.parquet
@@ -48,10 +45,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
-from datasets.arrow_writer import ArrowWriter
-from safetensors import SafetensorError
 from scipy.stats import kendalltau, spearmanr
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -59,23 +53,18 @@ CONSTANT = "An input array is constant|Mean of empty slice|One or more sample ar
 warnings.filterwarnings("ignore", message=CONSTANT)  # a correlation is NaN then, null in files
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
 NO_LABEL = -100
-LOCKS = []  # of output folders, until the process ends
-ENDING = threading.Event()  # set when this rank ends
-MODEL_FLAGS = ("model", "ref_model", "policy_model", "reward_model", "judge_model", "encoder")
-# Flags that --resume may change: neither weights nor answers depend on them.
-FREE_FLAGS = "resume overwrite output_dir save_every keep log_every eval_every local_rank".split()
+MODELS = "model ref_model policy_model reward_model judge_model encoder"
+# What --resume compares by content, or not at all since neither weights nor answers depend on it.
+FREE = f"{MODELS} dataset eval_dataset ranked_dataset resume overwrite output_dir save_every keep log_every eval_every"
+FREE += " local_rank"
 
 
 class InputError(Exception):
     """Something that the user can mend. The message says what, where and how, in one line, not too long."""
 
     def __init__(self, message):
-        message = re.sub(r"\s*\n\s*", " ", str(message))
+        message = " ".join(str(message).split())
         super().__init__(message if len(message) < 900 else f"{message[:600]} ... {message[-200:]}")
-
-
-class Stopped(InputError):
-    """A signal has ended the run, after a checkpoint."""
 
 
 class Unusable(Exception):
@@ -84,63 +73,52 @@ class Unusable(Exception):
 
 def said(error: BaseException) -> str:
     """What an exception says, in one short line; of a chain the innermost, which has the reason."""
-    while error.__cause__ is not None and not isinstance(error, InputError):
-        error = error.__cause__
-    if isinstance(error, InputError):
-        return str(error)
+    while not isinstance(error, InputError) and (error.__cause__ or isinstance(error.__context__, OSError)):
+        error = error.__cause__ or error.__context__
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return str(error if type(error) in (InputError, ValueError) else InputError(f"{type(error).__name__}: {error}"))
+
+
+@contextlib.contextmanager
+def naming(what: str):
+    """Inside, a library reads or writes something: whatever it raises becomes one line that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what}: {said(error)}") from error
 
 
 # ---------------------------------------------------------------- flags
 
 
 def parse_args(args_class, preset, argv: list[str] | None = None):
-    """Flags over the task's values over the dataclass's own.
+    """Flags over what `preset(task, constraint)` gives over the dataclass's own defaults; `--help` shows both.
 
-    --task and --constraint are read first, and `preset(task, constraint)` gives what they set; these values are the
-    defaults that tyro then sees, so that `--help` shows them and every flag on the command line wins. A --dataset or
-    --eval_dataset of the user's own cancels the evaluation data that belongs to the task's.
+    Data of the user's own cancel the evaluation data that belong to the task's.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a ?
-    rank = int(os.environ.get("RANK", 0))  # one usage message, not one for each rank
-    read = functools.partial(tyro.cli, args_class, args=argv, use_underscores=True, console_outputs=rank == 0)
-    absent = "\0"
-    given, _ = read(default=args_class(dataset=absent, eval_dataset=absent), add_help=False, return_unknown_args=True)
-    values = dict(preset(given.task, getattr(given, "constraint", "none")))
-    own = given.dataset != absent, given.eval_dataset != absent
-    values |= {"eval_dataset": ""} if own[0] else {}
-    values |= {"ranked_dataset": ""} if any(own) and hasattr(given, "ranked_dataset") else {}
-    args = read(default=args_class(**values))
-    for name, value in vars(args).items():
-        if isinstance(value, str):
-            setattr(args, name, os.path.expanduser(value))
-    if getattr(args, "model", None) == "" and args.task != "toy":
-        what = f"--task {args.task} needs --model, the folder or Hub id of the model to start from"
-        print(f"{Path(sys.argv[0]).name}: error: {what}" if rank == 0 else "", file=sys.stderr)
-        sys.exit(2)
-    return args
-
-
-def check_flags(args, outputs: tuple[str, ...]) -> None:
-    """InputError for a value out of range, and for results that must not be replaced; before any work."""
-    counts = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every minibatches"
-    at_least = dict.fromkeys(f"{counts} ppo_epochs".split(), 1) | {"temperature": 1e-3}  # others 0
-    at_most = dict(label_smoothing=0.5, gamma=1, gae_lambda=1)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("task", "constraint", "dataset", "eval_dataset"):
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    given, _ = first.parse_known_args(argv)
+    own = given.dataset is not None
+    values = preset(given.task or "toy", given.constraint or "none") | ({"eval_dataset": ""} if own else {})
+    if (own or given.eval_dataset is not None) and hasattr(args_class, "ranked_dataset"):
+        values["ranked_dataset"] = ""
+    shown = os.environ.get("RANK", "0") == "0"  # one usage message, not one for each rank
+    args = tyro.cli(args_class, args=argv, default=args_class(**values), use_underscores=True, console_outputs=shown)
+    counts = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every keep minibatches"
+    at_least = dict.fromkeys(f"{counts} ppo_epochs".split(), 1) | {"temperature": 1e-3, "local_rank": -1}
+    at_most = {"label_smoothing": 0.5, "gamma": 1, "gae_lambda": 1, "seed": 2**32 - 1}
     for name, value in vars(args).items():
         least, most = at_least.get(name, 0), at_most.get(name, sys.float_info.max)
-        if re.search("beta[123]|_bound|random_|local_rank", name):  # priors.py's
-            continue
-        if isinstance(value, int | float) and not least <= value <= most:
-            limit = f"at most {most}" if name in at_most else "a finite number"
-            raise InputError(f"--{name} is {value}, but must be {f'at least {least}' if value < least else limit}")
-    if getattr(args, "shuffle_bounds", False) and args.constraint in ("none", "random", "fixed"):
-        raise InputError(f"--shuffle_bounds is for the bounds of a prior, but --constraint {args.constraint} has none")
-    if args.output_dir:
-        check_output(args, Path(args.output_dir), outputs)
+        number = isinstance(value, int | float) and not re.match("beta|fixed_|random_", name)  # priors.py checks bounds
+        if number and not least <= value <= most:
+            raise InputError(f"--{name} is {value}, but must be a number from {least} to {most}")
+    return args
 
 
 # ---------------------------------------------------------------- process
@@ -158,82 +136,49 @@ class Process:
 
 
 def run(main, args_class, preset) -> None:
-    """Parse the flags and call main(args). What ends a run early is the last thing on the screen.
-
-    The status, on all ranks, is 1 after an error, 128 + its number after a signal.
-    """
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # the disk's fault, not the program's
-    status, message, together = 0, "", True
+    """main(args). What ends a run early is the last thing on the screen; the status is then 1, or 128 + the signal."""
+    rank = status = 0
     try:
-        find_ranks()
-        main(parse_args(args_class, preset))
+        try:
+            find_ranks()
+            rank = int(os.environ["RANK"])
+            main(parse_args(args_class, preset))
+        except SystemExit as end:  # on every rank: a usage message, a signal after its checkpoint, or nothing to do
+            status = end.code or 0
         if dist.is_initialized():
-            dist.barrier()  # under watch: rank 0 may still write for a while
-    except Stopped as stopped:
-        status, message = stopped.status, stopped if os.environ["RANK"] == "0" else ""
+            dist.barrier()  # rank 0 may still write
+            dist.destroy_process_group()
     except KeyboardInterrupt:
-        status, together = 130, False  # the other ranks may wait elsewhere
+        status = 130
     except Exception as error:
-        ENDING.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's
-        status, together, rank = 1, False, int(os.environ.get("RANK", 0))
-        if isinstance(error, InputError) or isinstance(error, OSError) and error.errno in full:
+        status = 1
+        if isinstance(error, InputError | OSError):
             time.sleep(10 * (rank > 0))  # rank 0 says what all ranks found, and the launcher ends this one
-            message = f"error: {said(error)}"
-        elif re.search(r"(?i)closed by peer|reset by peer|broken pipe|gloo|nccl", str(error)):
-            time.sleep(20)  # the rank that failed says why
-            message = f"error: rank {rank} has lost another rank, whose message, if it left one, stands above"
         else:
+            lost = re.search(r"(?i)closed by peer|reset by peer|broken pipe|gloo|nccl", str(error))
+            time.sleep(20 if lost else 0)  # the rank that failed says why, and the launcher ends this one
             traceback.print_exc()
-            message = f"error: rank {rank}: {said(error)}"
-    if message:
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # clears a progress bar before it
-    ENDING.set()
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    if several and together:
-        dist.barrier()  # none of the others watches this rank any longer
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A Gloo thread that drops the tensors of its last work wants the GIL. If Python is finalizing by then, it is
-    # ended inside a C++ destructor, which aborts the process; hence no finalizing (seen: 2 of 50, busy cores).
-    (os._exit if several and not torch.cuda.is_available() else sys.exit)(status)
-
-
-def watch(store, rank: int, world_size: int) -> None:
-    """End this process within a minute after another, where it waits or works alone and would not notice."""
-    last = idle = [0] * world_size
-    while not ENDING.wait(5):
-        with contextlib.suppress(Exception):  # the store is rank 0's
-            store.add(f"ticks {rank}", 1)
-            now = [store.add(f"ticks {other}", 0) for other in range(world_size)]
-            idle = [count + 1 if a == b else 0 for a, b, count in zip(last, now, idle)]  # in ticks: a job may sleep
-            last = now
-            if max(idle) < 8 or ENDING.is_set():
-                continue
-        os.write(2, f"error: rank {rank} ends, because rank {idle.index(max(idle))} has ended\n".encode())
-        os._exit(1)
+        tqdm.write(f"{Path(sys.argv[0]).name}: error: {said(error)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a closed pipe
+        sys.stdout.flush()
+    # No finalizing: a Gloo thread that then still wants the GIL would abort the process (seen: 2 of 50, busy cores).
+    os._exit(status)
 
 
 def find_ranks() -> None:
-    """Set RANK, WORLD_SIZE and LOCAL_RANK as the launcher means them: deepspeed, torchrun, srun, mpirun or none."""
-    env, names = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    mpi = "OMPI_COMM_WORLD_"
-    for rank, size, local_rank, one_machine in (
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", env.get("SLURM_STEP_NUM_NODES") == "1"),
-        (f"{mpi}RANK", f"{mpi}SIZE", f"{mpi}LOCAL_RANK", env.get(f"{mpi}LOCAL_SIZE") == env.get(f"{mpi}SIZE")),
-    ):
-        if "RANK" not in env and int(env.get(size, 1)) > 1:
-            theirs = [env.get(rank), env[size], env.get(local_rank), *["127.0.0.1", "29500"] * one_machine]
-            env |= {name: value for name, value in zip(names, theirs) if value is not None and name not in env}
-    if int(env.get("WORLD_SIZE", 1)) == 1:
-        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": env.get("LOCAL_RANK", "0")}
-    elif missing := [name for name in names if name not in env]:
-        raise InputError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} not set, nor by SLURM_ or OMPI_ variables: "
-            "start with deepspeed or torchrun, set them too, or unset WORLD_SIZE"
-        )
+    """RANK, WORLD_SIZE and so on under srun and mpirun too, which give them other names; else one process."""
+    env, ours = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    slurm = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    for theirs in (slurm, [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]):
+        if "RANK" not in env and int(env.get(theirs[1], 1)) > 1:
+            env |= {name: re.match(r"\d+", env[their])[0] for name, their in zip(ours, theirs)}  # Slurm: "8(x2),4"
+    if "RANK" not in env and int(env.get("WORLD_SIZE", 1)) > 1:  # each would be the first, and wait for the others
+        raise InputError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set: unset the one, or set both")
+    for name, value in zip(ours, "0101"):
+        env.setdefault(name, value)
+    if env["WORLD_SIZE"] == env["LOCAL_WORLD_SIZE"]:  # one machine; several need the name of the first
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | {k: v for k, v in env.items() if "MASTER" in k}
 
 
 def start(seed: int) -> Process:
@@ -245,63 +190,54 @@ def start(seed: int) -> Process:
     transformers.logging.disable_progress_bar()
     huggingface_hub.utils.disable_progress_bars()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # read_rows says what is wrong, in one line
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         deepspeed.ops.__compatible_ops__ = {}  # else init_distributed compiles a C++ all-reduce, for over a minute
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        names = "LOCAL_SIZE LOCAL_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_SIZE SLURM_STEP_TASKS_PER_NODE"  # of each launcher
-        local_ranks = [re.match(r"\d+", os.environ.get(name, "")) for name in names.split()]
-        torch.set_num_threads(max(1, cores // int(next(filter(None, local_ranks), [1])[0])))
+        local_ranks = os.environ.get("LOCAL_SIZE") or os.environ["LOCAL_WORLD_SIZE"]  # deepspeed's, torchrun's
+        torch.set_num_threads(max(1, cores // int(local_ranks)))
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            # Keep large blocks that are freed: activations come back each step, and mapping them anew is slow.
             for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-                libc.mallopt(parameter, 1 << 30)
-    wait, work = datetime.timedelta(minutes=1), datetime.timedelta(hours=2)  # for ranks to come; for rank 0 at work
-    if not dist.is_initialized():
-        try:
-            store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", timeout=wait))[0]
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            if "EADDRINUSE" in str(error):
-                hint = f"choose one: deepspeed --master_port 29501 {sys.argv[0]} ..."
-                raise InputError(f"the port of {where} is taken, by another run? {hint}") from error
-            what = f"rank {rank} waited a minute at {where} for the other ranks of WORLD_SIZE {world_size}"
-            raise InputError(f"{what} ({said(error)})") from error
-        store.set_timeout(work)
+                libc.mallopt(parameter, 1 << 30)  # keep what is freed: activations come back, and mapping is slow
+    wait = datetime.timedelta(hours=2)  # the others', where rank 0 works alone
+    if world_size == 1 and not dist.is_initialized():  # without a port, which another run may have
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=work)
-        if world_size > 1:
-            threading.Thread(target=watch, args=(store.clone(), rank, world_size), daemon=True).start()
-    deepspeed.init_distributed(verbose=False, timeout=work)
-    deepspeed.comm.comm.cdb.new_group = functools.partial(dist.new_group, timeout=work)  # else 10 minutes with NCCL
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    with naming(f"no meeting of {world_size} ranks at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"):
+        deepspeed.init_distributed(verbose=False, timeout=wait)
+    deepspeed.comm.comm.cdb.new_group = functools.partial(dist.new_group, timeout=wait)  # else 10 minutes with NCCL
     transformers.set_seed(seed)
     return Process(rank, world_size, device)
 
 
 def on_rank_0(process: Process, function, each_machine: bool = False):
     """function() on rank 0, or on the first rank of each machine; every rank gets rank 0's result, or the error."""
-    result = error = message = None
+    result = failure = None
     if process.rank == 0 or each_machine and os.environ["LOCAL_RANK"] == "0":
         try:
             result = function()
-        except Exception as caught:  # whatever it is, the other ranks must not wait for ever
-            error, message = caught, said(caught)
-    everyone = gather_objects((result, message))
-    if error is not None and not isinstance(error, InputError | OSError):
-        raise error
-    for _, message in everyone:
-        if message is not None:
-            raise InputError(message) from error
-    return everyone[0][0]
+        except (Exception, SystemExit) as error:  # whatever it is, the other ranks must not wait for ever
+            failure = error
+    message = failure if isinstance(failure, SystemExit | None) else InputError(said(failure))
+    for error in (failure, *gather_objects(message)):
+        if error is not None:
+            raise error
+    results = [result]
+    if process.world_size > 1:
+        dist.broadcast_object_list(results)
+    return results[0]
 
 
 def gather_objects(item) -> list:
     """One object of each rank, in order, on every rank."""
-    items = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+    # Alone, Gloo would copy a long one by OpenMP in a thread of its own. There are then more OpenMP threads than cores
+    # until the end, so that each sleeps after every operation: 40 % off the rate of a small model.
+    items = [item] * dist.get_world_size()
+    if len(items) > 1:
+        dist.all_gather_object(items, item)
     return items
 
 
@@ -321,105 +257,43 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 def accumulation_steps(args, process: Process) -> int:
     """Micro batches per optimizer step. A micro batch is cut down to a rank's share of that step's batch."""
     share, rest = divmod(args.global_batch_size, process.world_size * getattr(args, "minibatches", 1))
-    size = min(args.micro_batch_size, share)
+    args.micro_batch_size = size = min(args.micro_batch_size, max(share, 1))
     if rest or not share or share % size:
-        names = ["minibatches"] * hasattr(args, "minibatches") + ["micro_batch_size"] * (not rest and share > 0)
-        parts = " x ".join([f"{process.world_size} ranks", *[f"--{name} {getattr(args, name)}" for name in names]])
+        parts = f"{process.world_size} ranks x --micro_batch_size {size} (ppo.py: x --minibatches)"
         raise InputError(f"--global_batch_size {args.global_batch_size} is not a multiple of {parts}: change one")
-    args.micro_batch_size = size
     return share // size
 
 
 # ---------------------------------------------------------------- files and caches
 
 
-def cached_path(kind: str, content, suffix: str) -> Path:
-    """Where what follows from `content` alone is kept: $PCRM_CACHE or ~/.cache/pcrm."""
-    root = Path(os.environ.get("PCRM_CACHE") or Path.home() / ".cache" / "pcrm")
-    content = json.dumps([content, torch.__version__, transformers.__version__])
-    return root / kind / (hashlib.sha256(content.encode()).hexdigest()[:32] + suffix)
-
-
-def cached(kind: str, content, compute, process: Process) -> torch.Tensor:
-    """compute(), on all ranks; or what it gave when `content()`, read on rank 0, was last the same."""
-
-    def read() -> tuple:
-        path = cached_path(kind, content(), ".npy")
-        with optional(path, "cannot be read and is made again", Exception):  # cut short
-            return path, np.load(path) if path.exists() else None
-        return path, None
-
-    path, found = on_rank_0(process, read)
-    if found is not None:
-        return torch.from_numpy(found)
-    result = compute()
-    if process.rank == 0:
-        with optional(path, "is not kept for the next run"), writing(path) as part, open(part, "wb") as file:
-            np.save(file, result.numpy())
-    return result
-
-
-def cached_folder(kind: str, content, write, read) -> Path:
-    """A folder in the cache which write(folder) fills, unless read(folder) can read what another run has put there."""
-    path = cached_path(kind, content, "")
-    if path.exists():
-        with optional(path, "cannot be read and is made again", Exception):
-            read(path)
-            return path
-        shutil.rmtree(path, ignore_errors=True)
-    for place in (path, Path(tempfile.gettempdir()) / f"pcrm-{path.name}"):
-        with optional(place, "cannot be written", (OSError, SafetensorError)), writing(place, replace=False) as part:
-            part.mkdir()
-            write(part)
-            return place
-    raise InputError(f"no place for the {kind} of this run: set PCRM_CACHE to a folder that can be written")
-
-
 @contextlib.contextmanager
-def optional(path: Path, what: str, faults=OSError):
-    """Inside, a cache is read or written: what fails is said, and the run goes on."""
-    try:
-        yield
-    except faults as error:
-        tqdm.write(f"warning: {path} {what}: {said(error)}")
-
-
-@contextlib.contextmanager
-def writing(path: Path, replace: bool = True):
+def writing(path: Path):
     """Another name to write to, which becomes `path` at the end: a file or folder is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
-        if path.is_dir() and replace:
+        if path.is_dir():
             shutil.rmtree(path)
-        if replace or not path.exists():
-            os.replace(part, path)
+        os.replace(part, path)
     finally:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        remove(part)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: str) -> None:
-    with writing(path) as part, open(part, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(path) as part:
+        part.write_text(content, encoding="utf-8")
 
 
 def json_line(values: dict) -> str:
     """One line of JSON. A value that does not apply is null: None, and numbers that are not finite."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(clean, allow_nan=False) + "\n"
-
-
-@functools.cache
-def model_version(path: str, what: str = "model", weights: bool = True) -> str:
-    """What changes when the model does (without weights: its tokenizer): the Hub's commit, or a digest of its files."""
-    if not Path(path).is_dir():
-        with loading(what, path):
-            return f"{path}@{Path(transformers.utils.cached_file(path, 'config.json')).parent.name}"
-    kinds = (".json", ".txt", ".model", ".py", ".jinja", *[".safetensors"] * weights)
-    return digest(sorted(file for file in Path(path).iterdir() if file.suffix in kinds))
 
 
 def digest(files) -> str:
@@ -430,83 +304,94 @@ def digest(files) -> str:
     return total.hexdigest()
 
 
-def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
-    """Make --output_dir, runs/<script>-<constraint>-<time> by default, lock it, and write args.json into it.
+@functools.cache
+def model_version(path: str, weights: bool = True) -> str:
+    """What changes when the model does (without weights: its tokenizer): the Hub's commit, or a digest of its files."""
+    if not Path(path).is_dir():
+        with naming(f"model {path}"):
+            return f"{path}@{Path(transformers.utils.cached_file(path, 'config.json')).parent.name}"
+    kinds = (".json", ".txt", ".model", ".py", ".jinja", *[".safetensors"] * weights)
+    return digest(sorted(file for file in Path(path).iterdir() if file.suffix in kinds))
 
-    `outputs` is what the script writes there, the last one at its end. Only what an earlier run of the script left is
-    replaced: one that was cut off, or with --overwrite a finished one; nothing where --resume finds a checkpoint.
+
+def cache_path(kind: str, *content) -> Path:
+    """Where what follows from `content` and the code alone is kept: below $PCRM_CACHE or ~/.cache/pcrm."""
+    root = Path(os.environ.get("PCRM_CACHE") or Path.home() / ".cache" / "pcrm")
+    code = digest(sorted(Path(__file__).parent.glob("*.py")))
+    key = json.dumps([content, code, torch.__version__, transformers.__version__])
+    return root / kind / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def cached(kind: str, content: list, compute, process: Process) -> torch.Tensor:
+    """compute(), on all ranks; or what it gave when `content` was last the same."""
+
+    def read() -> tuple:
+        path = cache_path(kind, *content).with_suffix(".npy")
+        path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found before the work
+        return path, np.load(path) if path.exists() else None
+
+    path, found = on_rank_0(process, read)
+    if found is None:
+        found = compute().numpy()
+        if process.rank == 0:
+            with writing(path) as part, open(part, "wb") as file:
+                np.save(file, found)
+    return torch.from_numpy(found)
+
+
+# ---------------------------------------------------------------- results and checkpoints
+
+
+def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
+    """Make --output_dir, runs/<script>-<constraint>-<time> by default, with args.json in it.
+
+    `outputs` is what the script writes there, the last one at its end. Only a run that was cut off before its first
+    checkpoint is replaced without --overwrite. --resume ends the process where the run is finished. InputError for a
+    folder of something else, and for --resume with other flags.
     """
 
     def make() -> str:
+        if args.resume and not args.output_dir:
+            raise InputError("--resume needs the --output_dir of the run that goes on")
         script, now = Path(sys.modules[type(args).__module__].__file__).stem, datetime.datetime.now()
-        parts = (script, getattr(args, "constraint", ""), f"{now:%Y%m%d-%H%M%S}", f"{now.microsecond:06}")
-        folder = Path(args.output_dir or f"runs/{'-'.join(filter(None, parts))}")  # two may start in one second
+        parts = (script, getattr(args, "constraint", ""), f"{now:%Y%m%d-%H%M%S-%f}")
+        folder = Path(args.output_dir or f"runs/{'-'.join(filter(None, parts))}")
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            LOCKS.append(filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True))
-            LOCKS[-1].acquire()
-        except filelock.Timeout as error:
-            raise InputError(f"--output_dir {folder} is in use by another run: choose another folder") from error
-        old = check_output(args, folder, outputs, resolved=True)
-        old = [] if args.resume and whole(folder) else old[::-1]  # first what says that the run is finished
-        stay = ("args.json", *["model"] * (args.epochs > 0))  # until the new ones are whole
-        parts = [*folder.glob("*.part"), *folder.glob("checkpoints/*.part")]  # of a run that was killed
-        for path in parts + [path for path in old if path.name not in stay]:
-            if path.is_dir():  # killed in here, it leaves a part, no checkpoint that looks whole
-                shutil.rmtree(path if path in parts else path.rename(f"{path}.part"))
-            else:
-                path.unlink(missing_ok=True)
-        args.output_dir = str(folder)
-        write_file(folder / "args.json", json.dumps(vars(args), indent=2) + "\n")
+        for part in (*folder.glob("*.part"), *folder.glob("checkpoints/*.part")):  # of a run that was killed
+            remove(part)
+        args.output_dir, old = str(folder), folder / "args.json"
+        theirs = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
+        if any(folder.iterdir()) and theirs.keys() != vars(args).keys():
+            raise InputError(f"--output_dir {folder} holds files of something else: choose another folder")
+        finished = (folder / outputs[-1]).exists()
+        what = "a finished run" if finished else "checkpoints of a run" if whole(folder) else ""
+        if what and not args.resume and not args.overwrite:
+            raise InputError(f"--output_dir {folder} holds {what}: choose another, or pass --resume or --overwrite")
+        for name, value in vars(args).items() if what and args.resume else ():
+            if name not in FREE.split() and theirs[name] != value:
+                raise InputError(f"--resume: --{name} is {value}, but {theirs[name]} in the run in {folder}")
+        if args.resume and finished:
+            process.print(f"{folder} holds this run, finished")
+            sys.exit(0)
+        for name in () if what and args.resume else (*outputs[::-1], "checkpoints", "metrics.jsonl", "tensorboard"):
+            if (folder / name).exists():  # killed in here, it leaves nothing that looks whole
+                remove((folder / name).rename(folder / f"{name}.part"))
+        write_file(old, json.dumps(vars(args), indent=2) + "\n")
         return str(folder)
 
     args.output_dir = on_rank_0(process, make)
     return Path(args.output_dir)
 
 
-def check_output(args, folder: Path, outputs: tuple[str, ...], resolved: bool = False) -> list[Path]:
-    """What would be replaced in the folder; InputError if it must not be. Ends a process that resumes a finished run.
-
-    resolved: flags that were left empty have their values by now.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder} is a file: choose a folder")
-    for flag in MODEL_FLAGS:
-        model = Path(getattr(args, flag, "") or "-").resolve()
-        if (folder / "model").resolve() in (model, *model.parents):
-            raise InputError(f"--output_dir {folder} holds --{flag} {model} itself: choose another folder")
-    try:
-        theirs = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        ours = theirs.keys() == vars(args).keys()
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    found = [folder / name for name in ("args.json", "metrics.jsonl", "tensorboard", "model", "checkpoints", *outputs)]
-    found = [path for path in found if path.exists()]
-    if found and not ours:
-        raise InputError(f"--output_dir {folder} holds {found[-1].name}, left by no run of this script: choose another")
-    finished = (folder / outputs[-1]).exists()
-    if args.resume and (finished or whole(folder)):
-        for name, value in vars(args).items():
-            given = resolved or value != "" and name != "micro_batch_size"
-            if given and name not in FREE_FLAGS and theirs[name] != value:
-                raise InputError(f"--resume: --{name} is {value}, but {theirs[name]} in the run in {folder}")
-        if finished:
-            print(f"{folder} holds this run, finished" if os.environ.get("RANK", "0") == "0" else "")
-            sys.exit(0)
-    elif finished and not args.overwrite:
-        raise InputError(f"--output_dir {folder} holds a finished run: choose another, or pass --overwrite")
-    elif whole(folder) and not args.overwrite:
-        raise InputError(f"--output_dir {folder} holds checkpoints of a run: pass --resume to go on, or --overwrite")
-    return found
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
 def whole(folder: Path) -> list[Path]:
     """The checkpoints of a run that are whole, the newest last."""
     steps = [path for path in folder.glob("checkpoints/step-*") if path.name[5:].isdigit()]
     return sorted(steps, key=lambda path: int(path.name[5:]))
+
+
+def on_signals(handler) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 class Checkpoints:
@@ -517,339 +402,403 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, metrics, args, process: Process, rows, **engines):
-        self.folder, self.metrics, self.args, self.process, self.rows = folder, metrics, args, process, rows
-        self.engines, self.step, self.state = engines, 0, {}
-        self.failures, self.signal, self.since = [], 0, math.inf
+        self.folder, self.metrics, self.args, self.process, self.engines = folder, metrics, args, process, engines
+        self.step, self.state, self.signal = 0, {}, 0
         if not metrics.total_steps:
             return
-        self.identity = on_rank_0(process, self.identify)  # now: files may change while the run goes on
-        for engine in engines.values():
-            engine.checkpoint_engine.save, engine._copy_recovery_script = self.write, lambda path: None
-        newest = on_rank_0(process, lambda: args.resume and next(iter(whole(folder)[::-1]), None))
+        needless = "encoder" if getattr(args, "constraint", "") != "cos_sim" else ""
+        models = {name: getattr(args, name, "") for name in MODELS.split() if name != needless}
+        # By content, read now: files may change while the run goes on, or come to lie elsewhere.
+        self.same = on_rank_0(
+            process,
+            lambda: {
+                "the number of ranks": process.world_size,
+                "the rows": [digest(file["filename"] for file in part.cache_files) for part in rows],
+                **{f"--{name}": model_version(path) for name, path in models.items() if path},
+            },
+        )
+        newest = on_rank_0(process, lambda: whole(folder)[-1] if args.resume and whole(folder) else None)
         if newest:
-            with loading("checkpoint", str(newest)):
-                saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
-                for name, now in self.identity.items():
-                    if (then := saved["identity"].get(name)) != now:
-                        raise InputError(f"--resume: {name} is {now}, but was {then} when {newest} was written")
+            saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
+            for name, now in self.same.items():
+                if (then := saved["same"][name]) != now:
+                    raise InputError(f"--resume: {name} is {now}, but was {then} in {newest}")
+            with naming(f"{newest} cannot be read, delete it to go on from the one before"):
                 for tag, engine in engines.items():
                     engine.load_checkpoint(str(newest), tag=tag)
             self.step, self.state = saved["step"], saved["state"]
             metrics.go_on(self.step, **saved["metrics"])
             process.print(f"resumed from {newest}")
-        if self.step < metrics.total_steps:
-            self.handle_signals(self.on_signal)
-
-    def handle_signals(self, handler) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
-
-    def identify(self) -> dict:
-        """What must not change until the run goes on, and is no flag."""
-        files = [Path(file["filename"]) for rows in self.rows for file in rows.cache_files]
-        skipped = "" if getattr(self.args, "constraint", "") == "cos_sim" else "encoder"
-        models = {flag: getattr(self.args, flag, "") for flag in MODEL_FLAGS if flag != skipped}
-        versions = {f"--{flag}": model_version(path) for flag, path in models.items() if path}
-        return {"the number of ranks": self.process.world_size, "the digest of the rows": digest(files)} | versions
+        on_signals(lambda number, frame: setattr(self, "signal", number))  # step_done() reads it
 
     def rest_of(self, epoch: int, batches: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """(step, batch) of the epoch's batches that are still to be trained on."""
         steps = enumerate(batches, epoch * len(batches) + 1)
         return [(step, batch) for step, batch in steps if self.step < step <= self.metrics.total_steps]
 
-    def on_signal(self, number: int, frame) -> None:
-        if time.monotonic() > self.since + 2:  # before, it is the launcher that passes the first one on
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif not self.signal and self.process.rank == 0:
-            os.write(2, b"\nsignal: a checkpoint follows the step in hand; a second signal ends the run at once\n")
-        self.signal, self.since = number, min(self.since, time.monotonic())
-
-    def step_done(self, step: int, last: bool = False, **state) -> None:
-        """After a step and its evaluation: a checkpoint if one is due; Stopped, on all ranks, after a signal to any.
-
-        After the last step, the run's or one that the script calls so, a signal ends the process at once.
-        """
+    def step_done(self, step: int, **state) -> None:
+        """After a step and its evaluation: a checkpoint if one is due; after a signal to any rank all ranks end."""
         number = torch.tensor(self.signal, device=self.process.device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
-        if number == 0 and (last or step == self.metrics.total_steps):
-            self.handle_signals(signal.SIG_DFL)
-        if number == 0 and not (self.args.save_every and step % self.args.save_every == 0):
-            return
-        try:
-            with self.metrics.paused():
-                self.save(step, {"step": step, "state": state, "metrics": self.metrics.state()})
-        except InputError as error:  # the run goes on, with the checkpoint before
-            self.process.print(f"warning: no checkpoint at step {step}: {error}")
+        if number or self.args.save_every and step % self.args.save_every == 0:
+            self.save(step, state)
         if number:
-            newest = on_rank_0(self.process, lambda: whole(self.folder)[-1:])
             how = f"give the same command again with --resume --output_dir {self.folder}"
-            stopped = Stopped(f"stopped after step {step}, kept: {[p.name for p in newest]}; to go on, {how}")
-            stopped.status = 128 + int(number)
-            raise stopped
+            self.process.print(f"stopped after step {step}; to go on, {how}")
+            sys.exit(128 + int(number))
 
     def save(self, step: int, state: dict) -> None:
+        """The folder gets its name when all is in it: a checkpoint is there whole or not at all."""
         path = self.folder / "checkpoints" / f"step-{step}"
-        on_rank_0(self.process, lambda: path.parent.mkdir(exist_ok=True))  # not in writing(), on rank 0 alone
-        with writing(path) if self.process.rank == 0 else contextlib.nullcontext() as part:
-            part = on_rank_0(self.process, lambda: [(part / tag).mkdir(parents=True) for tag in self.engines] and part)
+        part = Path(f"{path}.part")
+        state = {"step": step, "state": state, "metrics": self.metrics.state(), "same": self.same}
+
+        def finish() -> None:
+            (part / "state.json").write_text(json.dumps(state))
+            part.rename(path)
+            for old in whole(self.folder)[: -self.args.keep]:
+                remove(old.rename(f"{old}.part"))  # killed in here, it does not look whole
+
+        with naming(f"no checkpoint at step {step} (is the disk full?)"):
+            on_rank_0(self.process, lambda: part.mkdir(parents=True))
             for tag, engine in self.engines.items():
                 engine.save_checkpoint(str(part), tag=tag, save_latest=False)
-            failures, self.failures = sum(gather_objects(self.failures), []), []
-            if failures:
-                raise InputError(failures[0])
-            state = json.dumps(state | {"identity": self.identity})
-            on_rank_0(self.process, lambda: write_file(part / "state.json", state))
-        for old in whole(self.folder)[: -max(self.args.keep, 1)] if self.process.rank == 0 else ():
-            with optional(old, "cannot be removed"):
-                shutil.rmtree(old.rename(f"{old}.part"))  # killed in here, it does not look whole
-
-    def write(self, state_dict, path: str) -> None:
-        """In place of DeepSpeed's own, which on one rank's full disk would leave the others waiting."""
-        try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            reason = error if isinstance(error, OSError) else error.__context__ or error  # torch's own hides it
-            self.failures.append(f"{path}: {said(reason)}")
+            on_rank_0(self.process, finish)
 
 
 # ---------------------------------------------------------------- rows
 
+DATA_FILE = re.compile(r"\.((json|jsonl|ndjson|csv)(\.(gz|bz2|zst))?|parquet)$")
 
-def read_rows(flag: str, name: str, split: str):
-    """Rows of a JSON, JSONL, CSV or Parquet file, here or at hf://, of a folder, or of a data set on the Hub.
 
-    `name` may end with `:SPLIT`. On the Hub and in a folder that names a split (without it `split` is taken, or the
-    only one); in a file it keeps the rows whose column `split` says so. A file without it is used whole. A pattern such
-    as part-*.jsonl stands for all files that match, where no file has that very name.
+def find_rows(name: str, split: str):
+    """What identifies the rows of a data set by content, and a function that reads them.
+
+    `name` is a file or a pattern of files, here or at hf://, a folder, or a data set on the Hub. `:SPLIT` may follow,
+    which in a file keeps the rows whose column `split` says so. Without it folders and the Hub give "train" for
+    training, for evaluation "test" or the only split.
     """
-    with reading(flag, name):
-        path, wanted, files = find_files(name)
-        if files is None:
-            with tempfile.TemporaryDirectory() as temporary:
-                here = {}
-                if Path(path).is_dir():  # files may change and keep name and time, and [ or * in a path is no pattern
-                    shutil.copytree(Path(path).resolve(), f"{temporary}/data", copy_function=os.symlink)
-                    here = dict(path=f"{temporary}/data", cache_dir=temporary)
-                if any((Path(path) / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
-                    splits = datasets.load_from_disk(path)
-                    splits = splits if isinstance(splits, dict) else {split: splits}
-                else:
-                    splits = datasets.load_dataset(**{"path": path, **here})
-                chosen = wanted or (list(splits)[0] if len(splits) == 1 else split)
-                if chosen not in splits:
-                    raise InputError(f"no split {chosen!r}; it has {', '.join(splits)}: write {path}:SPLIT")
-                return splits[chosen].to_list() if here else splits[chosen]
-        if not files:
-            raise InputError("there is no such file")
-        rows = [row for file in files for row in read_file(file)]
-        chosen = [row for row in rows if not wanted or row.get("split") == wanted]
-        if not chosen:
-            found = sorted({str(row.get("split")) for row in rows})
-            raise InputError(f"no row has split {wanted!r}; there are {found}" if found else "no rows")
-        return chosen
-
-
-@contextlib.contextmanager
-def reading(flag: str, name: str):
-    """Inside, rows are read: an InputError for whatever the libraries raise, which are many kinds."""
-    try:
-        yield
-    except Exception as error:  # ours, an unreachable Hub, a loading script, a broken file
-        reason = said(error)
-        here = any(Path(path).exists() for path in (name, name.rpartition(":")[0] or name))
-        if not here and not isinstance(error, InputError):
-            reason += f". Neither a file or folder here, nor to be had from the Hub: download it and pass {flag} FILE"
-        raise InputError(f"{flag} {name}: {reason}") from error
-
-
-def find_files(name: str) -> tuple[str, str, list[Path] | None]:
-    """Path and SPLIT of path:SPLIT, and the files that the path, a pattern or an hf:// address stands for.
-
-    None for a folder or the name of a data set.
-    """
-    path, _, wanted = name.rpartition(":")
-    path, wanted = (name, "") if not path or "/" in wanted or Path(name).exists() else (path, wanted)
-    address = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?/(.+)", path)
-    if not re.search(r"\.((json|jsonl|ndjson|csv)(\.(gz|bz2|zst))?|parquet)$", path):
-        if address or Path(path).is_file():
-            raise InputError("a data file ends with .json, .jsonl, .ndjson, .csv (also .gz, .bz2, .zst) or .parquet")
-        return path, wanted, None
-    if address:
+    path, wanted = (name, None) if Path(name).exists() else re.fullmatch(r"(.*?)(?::([\w.-]+))?", name).groups()
+    others, files, splits = [], [], None
+    if address := re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?/(.+)", path):
         repo, revision, pattern = address.groups()
-        where = huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=pattern)
-        return path, wanted, sorted(Path(where).glob(pattern))
-    return path, wanted, [Path(path)] if Path(path).is_file() else sorted(map(Path, glob.glob(path)))
+        here = huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=pattern)
+        path = f"{glob.escape(here)}/{pattern}"
+    if Path(path).is_file() or DATA_FILE.search(path):
+        files = [Path(path)] if Path(path).is_file() else sorted(map(Path, glob.glob(path)))
+    elif not path:
+        raise InputError("neither a file, nor a folder, nor the name of a data set is given")
+    elif not Path(path).is_dir():
+        splits = datasets.load_dataset(path)
+    elif any((Path(path) / saved).exists() for saved in ("state.json", "dataset_dict.json")):  # by save_to_disk
+        splits = datasets.load_from_disk(path)
+        splits = splits if isinstance(splits, dict) else {wanted or split: splits}
+    else:
+        patterns = datasets.data_files.get_data_patterns(path)  # the names of files that stand for a split
+        found = datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=path)
+        splits = {str(key): [Path(f) for f in files if DATA_FILE.search(f)] for key, files in found.items()}
+        others = {file.name for file in Path(path).rglob("*") if DATA_FILE.search(file.name)}
+        others = sorted(others - {file.name for files in splits.values() for file in files})
+        print(f"{path}: of no split, and not read: {', '.join(others)}\n" * bool(others), end="")
+    if splits is not None:
+        only = next(iter(splits)) if len(splits) == 1 and split == "test" else split
+        if (chosen := wanted or (split if split in splits else only)) not in splits:
+            beside = f"; of no split are {', '.join(others)}" * bool(others)
+            raise InputError(f"no split {chosen}, but {', '.join(splits)}{beside}: write {path}:SPLIT")
+        files, wanted = splits[chosen], None
+    if isinstance(files, datasets.Dataset):
+        return [files._fingerprint], lambda: files
+    if not files:
+        raise InputError("there is no such file")
+    content = [digest(files), [file.name for file in files], wanted]
+    return content, lambda: [row for file in files for row in read_file(file) if wanted in (None, row.get("split"))]
 
 
 def read_file(path: Path) -> list[dict]:
-    """Rows of Parquet, CSV, a JSON list, or of a JSON object on each line; texts stay the texts that they are."""
+    """Rows of Parquet, CSV, a JSON list, or a JSON object on each line; texts stay the texts that they are."""
     if path.suffix == ".parquet":
         return pyarrow.parquet.read_table(path).to_pylist()
     with pyarrow.input_stream(str(path), compression="detect") as file:
-        data = file.read().removeprefix(b"\xef\xbb\xbf")
+        text = file.read().decode("utf-8-sig")
     if ".csv" in path.suffixes:
         csv.field_size_limit(1 << 30)
-        return list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""), restkey="more", strict=True))
-    whole, rows = data.lstrip().startswith(b"["), []
-    for number, line in enumerate([data] if whole else data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line.decode("utf-8"))
-        except json.JSONDecodeError as error:
-            raise InputError(f"line {number + error.lineno - 1} is not JSON: {error.msg}") from error
-        except UnicodeDecodeError as error:
-            number += line[: error.start].count(b"\n")
-            raise InputError(f"line {number} is not UTF-8: {error.reason}") from error
-        escaped = b"\\ud" in line.lower()
-        for place, row in enumerate(found if whole else [found], 1 if whole else number):
-            where = f"{'row' if whole else 'line'} {place}"
-            if not isinstance(row, dict):
-                raise InputError(f"{where} is not a JSON object: {row!r:.80}")
-            if escaped and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-                raise InputError(f"{where} has a lone surrogate, half a character, which is no text")
-            rows.append(row)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True))
+        if shifted := next((number for number, row in enumerate(rows, 1) if "" in row), None):
+            raise InputError(f"{path.name}, row {shifted}: more fields than there are headings")
+        return rows
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            with naming(f"{path.name}, line {number}"):
+                rows.append(json.loads(line))
     return rows
 
 
-def text(row: dict, name: str) -> str | list[dict] | None:
-    """A text, or the turns of a conversation, which messages always are."""
-    value = row.get(name)
-    if value is None or isinstance(value, str) and name != "messages":
-        return value
-    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        turns = [{key: turn.get(key) for key in ("role", "content")} for turn in value]
-        if all(isinstance(string, str) for turn in turns for string in turn.values()):
-            return turns
-    wanted = "text, or " * (name != "messages") + "a list of turns with role and content"
-    raise ValueError(f"{name} is {value!r:.80}, but must be {wanted}")
+class Row(dict):
+    """A row that knows which of its columns have been asked for."""
+
+    def __init__(self, columns):
+        super().__init__(columns)
+        self.read = set()
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        return self[name] if name in self else default  # noqa: SIM401
 
 
-class Rendered(str):
-    """A prompt as a chat template writes it, with all that begins a text."""
+def encoded(rows, encode, notes: Path):
+    """encode(row) of each row that is not Unusable. At the end `notes` says what was read, and what was left out."""
+    read, every, dropped, kept = set(), set(), Counter(), 0
+    for number, columns in enumerate(rows, 1):
+        with naming(f"row {number}"):
+            row, result = Row(columns), None
+            try:
+                result = encode(row)
+            except Unusable as error:
+                dropped[str(error)] += 1
+            read, every, kept = read | row.read, every | row.keys(), kept + bool(result)
+            for name in row.keys() - row.read if result else ():
+                if name in "question query input system history context".split() and row[name]:
+                    raise ValueError(
+                        f"its column {name!r} would not be read: rename it to prompt, join them or remove it"
+                    )
+        if result:  # lists as arrays, since one without elements has no type
+            yield {name: np.array(v, np.int32) if isinstance(v, list) else v for name, v in result.items()}
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    if not kept:
+        raise InputError(f"no usable row is left ({reasons})")
+    said_once = f"; dropped {sum(dropped.values())}: {reasons}" * bool(dropped) + f"; columns {', '.join(sorted(read))}"
+    write_file(notes, said_once + f"; not read: {', '.join(sorted(every - read))}" * (every > read))
 
 
-def from_turns(tokenizer, prompt: str | list[dict] | None, *answers: list[dict]) -> tuple[str, ...]:
-    """The texts of a conversation, by the tokenizer's chat template: its prompt, and each answer.
+def load_rows(flag: str, name: str, split: str, encode, process: Process) -> datasets.Dataset:
+    """The columns that `encode(row)`, a functools.partial, makes of each row; those that are Unusable are left out.
 
-    Turns that all answers begin with belong to the prompt (a single answer is its last turn). What a template puts
-    behind EOS, a line break, is left out.
+    The first rank of each machine encodes them and keeps them on disk, where all read them without a copy in memory; a
+    later start encodes nothing.
     """
-    alike = [all(turn == turns[0] for turn in turns) for turns in zip(*answers)] + [False]
-    shared = min([alike.index(False), *[len(answer) - 1 for answer in answers]])
-    begun, answers = [turn for answer in answers[:1] for turn in answer[:shared]], [a[shared:] for a in answers]
-    if isinstance(prompt, list) and prompt:
-        prompt = begun if begun[: len(prompt)] == prompt else prompt + begun
-    elif begun or prompt:  # the turns may repeat a prompt that is text
-        prompt = begun or [{"role": "user", "content": prompt}]
-    else:
+
+    def build() -> tuple[Path, str]:
+        with naming(f"{flag} {name}"):
+            content, read = find_rows(name, split)
+            settings = {key: value for key, value in encode.keywords.items() if key != "tokenizer"}
+            tokenizer = model_version(encode.keywords["tokenizer"].name_or_path, weights=False)
+            path = cache_path("rows", content, encode.func.__name__, settings, tokenizer)
+            notes = path.with_suffix(".txt")  # written before the rows are whole: where they are, it is too
+
+            def generate():
+                yield from encoded(read(), encode, notes)
+
+            datasets.Dataset.from_generator(generate, cache_dir=str(path.parent), fingerprint=path.name)
+            return path, notes.read_text(encoding="utf-8")
+
+    path, notes = on_rank_0(process, build, each_machine=True)
+    rows = datasets.Dataset.from_generator(list, cache_dir=str(path.parent), fingerprint=path.name)  # they are there
+    process.print(f"{flag}: {len(rows)} rows{notes}")
+    return rows
+
+
+def column(rows: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of numbers, (n,)."""
+    return np.asarray(rows.with_format("numpy")[name][:])
+
+
+def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Rows to train on, none with --epochs 0, and held-out rows: --eval_dataset, or prompts of --dataset."""
+    if args.eval_dataset:
+        held_out = load_rows("--eval_dataset", args.eval_dataset, "test", encode, process)
+        rows = load_rows("--dataset", args.dataset, "train", encode, process) if args.epochs else held_out.select([])
+        return rows, held_out
+    rows = load_rows("--dataset", args.dataset, "train", encode, process)
+    prompts = [prompt or row for row, prompt in enumerate(rows["prompt"])]  # without a prompt each row is its own
+    sizes, chosen, room = Counter(prompts), set(), math.ceil(min(500, len(rows) / 10))
+    names = list(sizes)
+    for i in np.random.default_rng(args.seed).permutation(len(names)):  # whole prompts, so that none is on both sides
+        if sizes[names[i]] <= room and len(chosen) < len(names) - 1:
+            chosen.add(names[i])
+            room -= sizes[names[i]]
+    if not chosen:
+        raise InputError(f"--dataset {args.dataset}: no prompt has few enough rows to be held out: pass --eval_dataset")
+    train = [row for row, prompt in enumerate(prompts) if prompt not in chosen] if args.epochs else []
+    held_out = rows.select([row for row, prompt in enumerate(prompts) if prompt in chosen])
+    process.print(f"held out: {len(held_out)} rows, all those of {len(chosen)} of {len(sizes)} prompts")
+    return rows.select(train), held_out
+
+
+def load_ranked(args, encode) -> tuple[datasets.Dataset | None, list[list[float]]]:
+    """Responses of --ranked_dataset (columns prompt, responses, scores) as rows, each the chosen one of a pair with the
+    next; and each prompt's scores. Of prompts with more than two responses, where all can be used."""
+    pairs, human = [], []
+    with naming(f"--ranked_dataset {args.ranked_dataset}"):
+        for number, row in enumerate(find_rows(args.ranked_dataset, "test")[1]() if args.ranked_dataset else (), 1):
+            with naming(f"row {number}"), contextlib.suppress(Unusable):
+                responses, scores = row["responses"], [float(score) for score in row["scores"]]
+                if len(responses) != len(scores) or not np.isfinite(scores).all():
+                    raise ValueError("scores must be a number for each of the responses")
+                same = {"prompt": row["prompt"], "similarity": 1}  # which scores do not depend on
+                partners = zip(responses, responses[1:] + responses[:1]) if len(responses) > 2 else ()
+                own = [encode(same | {"chosen": a, "rejected": b}) for a, b in partners]
+                pairs, human = pairs + own, human + [scores] * bool(own)
+    return datasets.Dataset.from_list(pairs) if pairs else None, human
+
+
+# ---------------------------------------------------------------- what a row says
+
+# The columns that make a format, by what a script needs; the first that a row has is taken.
+FORMATS = {
+    "preference": ["chosen rejected", "preference output_1 output_2 instruction", "choice summaries info"],
+    "demonstration": ["completion prompt", "messages", "output instruction", "summary post"],
+    "prompt": ["prompt", "instruction", "post"],
+}
+
+
+def read_example(row: dict, tokenizer, kind: str) -> dict:
+    """What a row in any known format says: a "preference" (chosen, rejected), a "demonstration", or its "prompt" alone.
+
+    Returns prompt (text), prompt_ids (tokens), instruction (the user's last words, as AlpacaEval knows a prompt),
+    answers (texts) and answer_ids (tokens, with what ends an answer). Unusable for ties and for missing or empty texts.
+    """
+    formats = FORMATS[kind] if kind != "prompt" else sum(FORMATS.values(), [])
+    known = next((columns for columns in formats if row.keys() >= set(columns.split())), None)
+    if known is None:
+        needed = ", or ".join(columns.replace(" ", "/") for columns in formats)
+        raise ValueError(f"the columns are {', '.join(row)}, but must be {needed}")
+    prompt, answers = parts_of(row, known, kind)
+    for part in (prompt, *answers):
+        if isinstance(part, list) and not all(isinstance(turn, dict) and turn.get("role") for turn in part):
+            raise ValueError(f"{part!r:.80} is not a list of turns, each with role and content")
+        if not isinstance(part, str | list | None):
+            raise ValueError(f"{part!r:.80} is neither text nor a list of turns")
+        if isinstance(part, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]", part):
+            raise ValueError(f"{part!r:.80} is a list of turns written as text: give the list itself, as in JSON")
+    if None in answers:
         raise Unusable("missing text")
-    if not all(turn["content"].strip() for answer in answers for turn in answer):
+    if any(isinstance(part, list) for part in (prompt, *answers)):
+        return read_turns(prompt, answers, row.get("tools"), tokenizer, kind)
+    if not all(answer.strip() for answer in answers):
         raise Unusable("empty response")
-    if not tokenizer.chat_template:
-        raise ValueError("it is a conversation, but the tokenizer has no chat template")
-    try:
-        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        whole = [tokenizer.apply_chat_template(prompt + answer, tokenize=False) for answer in answers]
-    except Exception as error:  # the template's own
-        raise ValueError(f"the chat template refuses it: {said(error)}") from error
-    if not all(one.startswith(start) for one in whole):
+    if prompt is None:  # it is what the answers begin with, to the last turn or word within
+        prompt = re.search(r"(?s)(.*\n\nAssistant:|.*\s|)", os.path.commonprefix(answers))[0].removesuffix(" ")
+        answers = [answer.removeprefix(prompt) for answer in answers]  # a blank before a word is the word's
+    before, eos = beginning(tokenizer), [tokenizer.eos_token_id]
+    ids, *answer_ids = tokenizer([prompt, *answers], add_special_tokens=False).input_ids
+    return {
+        "prompt": prompt,
+        "prompt_ids": ids if ids[: len(before)] == before else before + ids,  # neither BOS nor EOS twice
+        "instruction": prompt.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant: "),
+        "answers": answers,
+        "answer_ids": [ids if ids[-1:] == eos else ids + eos for ids in answer_ids],
+    }
+
+
+def parts_of(row: dict, known: str, kind: str) -> tuple:
+    """The prompt of a row, None where its answers begin with it, and its answers; each a text or a list of turns."""
+    match known.split():
+        case ["chosen", "rejected"]:
+            return asked(row, "prompt", "instruction"), [row["chosen"], row["rejected"]]
+        case ["preference", *_]:
+            number = 1 if kind == "prompt" else row["preference"]
+            if str(number).removesuffix(".0") not in ("0", "1", "2"):  # text in CSV
+                raise ValueError(f"preference is {number!r:.80}, but must be 1, 2 or 0 (a tie)")
+            if float(number) == 0:
+                raise Unusable("tie")
+            return asked(row, "instruction"), [row["output_1"], row["output_2"]][:: 1 if float(number) == 1 else -1]
+        case ["choice", *_]:
+            first, second = (summary["text"] for summary in row["summaries"])
+            if isinstance(row["choice"], bool) or row["choice"] not in (0, 1):
+                raise ValueError(f"choice is {row['choice']!r:.80}, but must be 0 or 1")
+            return asked(row["info"], "post"), [first, second][:: -1 if row["choice"] else 1]
+        case ["messages"]:
+            *begun, last = row["messages"] or [None]
+            if kind == "prompt" and isinstance(last, dict) and last.get("role") != "assistant":
+                return row["messages"], []
+            return begun, [last and [last]]
+        case [answer, name]:
+            return asked(row, name), [row[answer]] * (kind != "prompt" or isinstance(row[answer], list))
+        case [name]:
+            return asked(row, name), []
+
+
+def asked(row: dict, *names: str) -> str | list | None:
+    """The prompt in the first of these columns; an AlpacaFarm instruction or a Reddit post in the paper's wording."""
+    name = next((name for name in names if name in row), None)
+    if name and row[name] is None:  # a post: a news article
+        raise Unusable("missing text")
+    if name == "post":
+        task = "Your task is to generate a short summary of a post."
+        return f"\n\nHuman: {task}\n\nPost: {row['post']}\n\nSummary: \n\nAssistant: "
+    if name != "instruction":
+        return name and row[name]
+    text, extra = row["instruction"], row.get("input") or ""
+    repeated = text == extra or text.endswith((f" {extra}", f"\n{extra}"))  # the instruction has the input as a whole
+    return f"\n\nHuman: {text if repeated else text + extra}\n\nAssistant: "
+
+
+def read_turns(prompt, answers: list, tools, tokenizer, kind: str) -> dict:
+    """A conversation by the tokenizer's chat template. Turns that all answers begin with belong to the prompt.
+
+    The rendered whole is tokenized, as others do who score it or train on it; the answer is what follows the prompt.
+    """
+
+    def clean(value):  # without what is null, which Arrow gives to each turn that lacks what another has
+        if isinstance(value, dict):
+            return {key: clean(each) for key, each in value.items() if each is not None}
+        return [clean(each) for each in value] if isinstance(value, list) else value
+
+    def key(turn: dict) -> dict:
+        content = turn.get("content") or ""
+        return turn | {"content": content.strip() if isinstance(content, str) else content}
+
+    begun = clean([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or [])
+    answers = [clean([{"role": "assistant", "content": a}] if isinstance(a, str) else a) for a in answers]
+    shared = 0
+    while answers and all(len(a) > shared + 1 and key(a[shared]) == key(answers[0][shared]) for a in answers):
+        shared += 1
+    repeated, answers = answers[0][:shared] if answers else [], [answer[shared:] for answer in answers]
+    # The answers may repeat the prompt, or its end: no turn comes twice.
+    ours, theirs = ([key(turn) for turn in turns] for turns in (begun, repeated))
+    overlap = next(k for k in range(len(theirs), -1, -1) if ours[len(ours) - k :] == theirs[:k])
+    within = any(theirs[i : i + len(ours)] == ours for i in range(len(theirs)))
+    begun, answers = repeated if within else begun + repeated[overlap:], answers if kind != "prompt" else []
+    if not begun:
+        raise Unusable("missing text")
+    if any(answer[-1:] == [] or answer[-1]["role"] != "assistant" for answer in answers):
+        raise Unusable("no answer at the end")
+    if not all(key(turn)["content"] or turn.get("tool_calls") for answer in answers for turn in answer):
+        raise Unusable("empty response")
+    tools = json.loads(tools) if isinstance(tools, str) else clean(tools)
+    render = functools.partial(tokenizer.apply_chat_template, tools=tools or None, tokenize=False)
+    start, wholes = render(begun, add_generation_prompt=True), [render(begun + answer) for answer in answers]
+    if not all(whole.startswith(start) for whole in wholes):
         raise ValueError("the chat template does not go on with an answer where it asks for one")
-    eos = re.escape(tokenizer.eos_token)
-    return Rendered(start), *[re.sub(rf"({eos})\s*\Z", r"\1", one.removeprefix(start)) for one in whole]
+    texts = [whole.removeprefix(start) for whole in wholes]
+    prompt_ids, *whole_ids = tokenizer([start, *wholes], add_special_tokens=False).input_ids
+    answer_ids = [ids[len(prompt_ids) :] for ids in whole_ids]
+    if not all(ids[: len(prompt_ids)] == prompt_ids for ids in whole_ids):  # its last token grows with the answer
+        answer_ids = tokenizer(texts, add_special_tokens=False).input_ids
+    return {
+        "prompt": start,
+        "prompt_ids": prompt_ids,
+        "instruction": str(next((turn.get("content", "") for turn in begun[::-1] if turn["role"] == "user"), "")),
+        "answers": texts,
+        "answer_ids": [ended(ids, tokenizer) for ids in answer_ids],
+    }
 
 
-def prompt_of(row: dict, tokenizer=None) -> str | list[dict] | None:
-    """The prompt of a row: as it stands (turns, given a tokenizer: as text), or an instruction or a post in the paper's
-    wording. The row has the columns of one format (see check_columns)."""
-    if "messages" in row or "prompt" in row:
-        prompt = text(row, "messages" if "messages" in row else "prompt")
-        if isinstance(prompt, list) and tokenizer:
-            return from_turns(tokenizer, prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt)[0]
-        return prompt
-    if "instruction" in row:
-        instruction, extra = text(row, "instruction"), text(row, "input") or ""
-        if instruction is None:
-            return None
-        # The input is left out where the instruction repeats it as a whole.
-        repeated = instruction == extra or instruction.endswith((f" {extra}", f"\n{extra}"))
-        return f"\n\nHuman: {instruction if repeated else instruction + extra}\n\nAssistant: "
-    if text(row, "post") is None:  # a news article, not from Reddit
-        return None
-    task = "Your task is to generate a short summary of a post."
-    return f"\n\nHuman: {task}\n\nPost: {row['post']}\n\nSummary: \n\nAssistant: "
-
-
-def preference_of(row: dict, tokenizer=None) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected response of a row in any known format."""
-    alpaca_farm, comparison = "instruction[/input]/output_1/output_2/preference", "info/summaries/choice"
-    row = check_columns(row, "[prompt/]chosen/rejected", alpaca_farm, comparison)
-    if "chosen" in row:
-        prompt, chosen, rejected = (text(row, name) for name in ("prompt", "chosen", "rejected"))
-        if isinstance(chosen, list) and isinstance(rejected, list):
-            prompt, chosen, rejected = from_turns(tokenizer, prompt, chosen, rejected)
-        elif "prompt" not in row and isinstance(chosen, str) and isinstance(rejected, str):
-            alike = os.path.commonprefix([chosen, rejected])  # the prompt: to the last turn or word within
-            prompt = re.search(r"(?s)(.*\n\nAssistant:|.*\s|)", alike)[0]
-            chosen, rejected = chosen.removeprefix(prompt), rejected.removeprefix(prompt)
-    elif "preference" in row:
-        prompt, first, second = prompt_of(row), text(row, "output_1"), text(row, "output_2")
-        if row["preference"] not in (0, 1, 2, *"012"):  # text in CSV
-            raise ValueError(f"preference is {row['preference']!r:.80}, but must be 1, 2 or 0 (a tie)")
-        if int(row["preference"]) == 0:
-            raise Unusable("tie")
-        chosen, rejected = (first, second) if int(row["preference"]) == 1 else (second, first)
-    else:
-        info, choice, summaries = row["info"], row["choice"], row["summaries"] or ()
-        if choice not in (0, 1) or len(summaries) != 2 or not all(isinstance(x, dict) for x in (info, *summaries)):
-            raise ValueError(f"info must hold a post, choice (here {choice!r:.80}) be 0 or 1 of 2 texts")
-        prompt = prompt_of({"post": info.get("post")})
-        chosen, rejected = (text(summaries[int(i)], "text") for i in (choice, 1 - choice))
-    return check_texts(prompt, chosen, rejected)
-
-
-def demonstration_of(row: dict, tokenizer=None) -> tuple[str, str]:
-    """Prompt and completion of a row in any known format."""
-    row = check_columns(row, "prompt/completion", "messages", "instruction[/input]/output", "post/summary")
-    answer = text(row, [*row][-1])
-    if isinstance(answer, list):
-        if answer[-1]["role"] != "assistant":
-            raise Unusable("no answer at the end")
-        return check_texts(*from_turns(tokenizer, text(row, "prompt"), answer))
-    return check_texts(prompt_of(row), answer)
-
-
-def check_columns(row: dict, *formats: str) -> dict:
-    """The columns of the first format that the row has, such as "prompt/completion", [optional] ones if they are there;
-    no other column may meddle. ValueError if it has none."""
-    for columns in formats:
-        if set(re.sub(r"\[.*?\]", "", columns).split("/")) <= row.keys():
-            return {name: row[name] for name in re.findall(r"\w+", columns) if name in row}
-    wanted = ", or ".join(columns.replace("[", "").replace("]", "") for columns in formats)
-    raise ValueError(f"the columns are {', '.join(row)}, but must be {wanted}")
-
-
-def check_texts(prompt: str | None, *responses: str | None) -> tuple[str, ...]:
-    """The texts; Unusable unless all are there, and no response is empty."""
-    if prompt is None or None in responses:
-        raise Unusable("missing text")
-    if any(isinstance(part, list) for part in (prompt, *responses)):
-        raise ValueError("some of its columns are text and some are turns")
-    if not all(response.strip() for response in responses):
-        raise Unusable("empty response")
-    return prompt, *responses
-
-
-def tokenize(tokenizer, prompt: str, *responses: str) -> list[list[int]]:
-    """Tokens of the prompt with what begins a text (BOS), and of each response with EOS, each as generation sees it."""
-    before, eos = [] if isinstance(prompt, Rendered) else beginning(tokenizer), [tokenizer.eos_token_id]
-    first, *others = tokenizer([prompt, *responses], add_special_tokens=False).input_ids
-    first = first if first[: len(before)] == before else before + first  # neither BOS nor EOS twice
-    return [first] + [ids if ids[-1:] == eos else ids + eos for ids in others]
+def ended(ids: list[int], tokenizer) -> list[int]:
+    """An answer to the first special token of what the template writes behind it (a line break, a second end), or with
+    EOS where that holds none."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+    text = len(ids)
+    while text and (ids[text - 1] in special or not tokenizer.decode(ids[text - 1 : text]).strip()):
+        text -= 1
+    end = next((place for place in range(text, len(ids)) if ids[place] in special), None)
+    return ids + [tokenizer.eos_token_id] if end is None else ids[: end + 1]
 
 
 @functools.cache
@@ -863,137 +812,29 @@ def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, need
     """The columns of a pair: texts, tokens, how many of them the two sequences begin with alike (prefix), and how many
     follow in each. given: also the row's own similarity.
     """
-    prompt, chosen, rejected = preference_of(row, tokenizer)
-    prompt_ids, chosen_ids, rejected_ids = tokenize(tokenizer, prompt, chosen, rejected)
-    if chosen == rejected or chosen_ids == rejected_ids:
+    columns = read_example(row, tokenizer, "preference")
+    chosen, rejected = columns.pop("answers")
+    chosen_ids, rejected_ids = (columns["prompt_ids"] + ids for ids in columns.pop("answer_ids"))
+    if chosen_ids == rejected_ids:
         raise Unusable("identical responses")
-    if needs_prompt and not prompt_ids:
+    if needs_prompt and not columns["prompt_ids"]:
         raise Unusable("prompt without a token")  # nothing would predict the response's first one
-    chosen_ids, rejected_ids = prompt_ids + chosen_ids, prompt_ids + rejected_ids
     if max(len(chosen_ids), len(rejected_ids)) > max_length:
         raise Unusable(f"longer than --max_length {max_length}")  # Upstream: truncated
     prefix = len(os.path.commonprefix([chosen_ids, rejected_ids]))
     prefix = min(prefix, len(chosen_ids) - 1, len(rejected_ids) - 1)  # each has a token of its own
-    columns = dict(
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        chosen_ids=chosen_ids,
-        rejected_ids=rejected_ids,
-        prompt_ids=prompt_ids,
-        prefix=prefix,
-        row_length=len(chosen_ids) + len(rejected_ids) - prefix,
-        chosen_length=len(chosen_ids) - prefix,
-        rejected_length=len(rejected_ids) - prefix,
-    )
+    lengths = len(chosen_ids) - prefix, len(rejected_ids) - prefix
+    columns |= {"chosen": chosen, "rejected": rejected, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
+    columns |= {"prefix": prefix, "chosen_length": lengths[0], "rejected_length": lengths[1]}
+    columns |= {"row_length": prefix + sum(lengths)}
     if given:
-        with contextlib.suppress(TypeError, ValueError):
-            columns["similarity"] = float(row.get("similarity"))
-        if not 0 < columns.get("similarity", 0) <= 1:
-            raise ValueError(f"similarity is {row.get('similarity')!r:.80}, but --constraint given needs it in (0, 1]")
+        columns["similarity"] = float(row["similarity"])
+        if not 0 < columns["similarity"] <= 1:
+            raise ValueError(f"similarity is {columns['similarity']}, but --constraint given needs it in (0, 1]")
     return columns
 
 
-def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Rows to train on, none with --epochs 0, and held-out rows: --eval_dataset, or prompts of --dataset."""
-    if args.eval_dataset:
-        held_out = load_rows("--eval_dataset", args.eval_dataset, "test", encode, process)
-        rows = load_rows("--dataset", args.dataset, "train", encode, process) if args.epochs else held_out.select([])
-        return rows, held_out
-    rows = load_rows("--dataset", args.dataset, "train", encode, process)
-    names = list(dict.fromkeys(prompts := rows["prompt"][:]))
-    if len(names) == 1 and args.epochs:
-        raise InputError(f"--dataset {args.dataset} has one prompt, so none can be held out: pass --eval_dataset")
-    place = {names[i]: k for k, i in enumerate(np.random.default_rng(args.seed).permutation(len(names)))}
-    order = sorted(range(len(rows)), key=lambda row: place[prompts[row]])  # all rows of a prompt on one side
-    count = place[prompts[order[math.ceil(min(500, len(rows) / 10)) - 1]]] + 1  # prompts
-    held_out = sum(place[prompt] < count for prompt in prompts)  # rows
-    process.print(f"held out: {held_out} rows, all those of {count} of {len(names)} prompts")
-    return rows.select(order[held_out:] if args.epochs else []), rows.select(order[:held_out])
-
-
-def load_rows(flag: str, name: str, split: str, encode, process: Process) -> datasets.Dataset:
-    """The columns that `encode(row)`, a functools.partial, makes of each row; those that are Unusable are counted.
-
-    The first rank of each machine encodes them and keeps them on disk, where all read them without a copy in memory; a
-    later start encodes nothing.
-    """
-
-    def read(folder: Path) -> tuple[datasets.Dataset, dict]:
-        return datasets.Dataset.from_file(f"{folder}/rows.arrow"), json.loads((folder / "dropped.json").read_text())
-
-    def build() -> Path:
-        read_all = functools.cache(functools.partial(read_rows, flag, name, split))
-        with reading(flag, name):
-            path, wanted, files = find_files(name)
-        files = files or sorted(file for file in Path(path).rglob("*") if file.is_file())
-        content = [digest(files) if files else read_all()._fingerprint, wanted or split]  # not the path, nor a time
-        content += [str(file.relative_to(path)) for file in files if Path(path).is_dir()]  # they name the splits
-        content += [{key: value for key, value in encode.keywords.items() if key != "tokenizer"}]
-        content += [model_version(encode.keywords["tokenizer"].name_or_path, weights=False)]
-        content += [digest([__file__, encode.func.__code__.co_filename])]
-        return cached_folder("rows", content, lambda part: write_rows(read_all(), part, f"{flag} {name}", encode), read)
-
-    kept, counts = read(on_rank_0(process, build, each_machine=True))
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    process.print(f"{flag}: {len(kept)} rows" + (f"; dropped {sum(counts.values())}: {reasons}" if counts else ""))
-    return kept
-
-
-def write_rows(rows, folder: Path, where: str, encode) -> None:
-    """Write the encoded rows as Arrow, and how many were left out, by reason."""
-    counts, writer = Counter(), None
-    integers, real, string = (datasets.Value(kind) for kind in ("int32", "float32", "string"))
-    kinds = {int: integers, float: real, str: string, list: datasets.List(integers)}
-    for number, row in enumerate(rows, 1):
-        try:
-            columns = encode(row)
-        except Unusable as error:
-            counts[str(error)] += 1
-            continue
-        except ValueError as error:
-            raise InputError(f"{where}, row {number}: {error}") from error
-        if writer is None:
-            features = {key: next(kinds[k] for k in kinds if isinstance(value, k)) for key, value in columns.items()}
-            writer = ArrowWriter(path=f"{folder}/rows.arrow", features=datasets.Features(features))
-        writer.write(columns)
-    if writer is None:
-        raise InputError(f"{where}: no usable row is left ({', '.join(f'{n} {why}' for why, n in counts.items())})")
-    writer.finalize()
-    (folder / "dropped.json").write_text(json.dumps(counts))
-
-
-def load_ranked(args, encode, process: Process) -> tuple[datasets.Dataset | None, list[list[float]]]:
-    """Responses of --ranked_dataset as rows, each the chosen one of a pair with the next; and each prompt's scores.
-
-    Of prompts with more than two responses, where all can be used.
-    """
-    if not args.ranked_dataset:
-        return None, []
-
-    def read() -> tuple[list[dict], list[list[float]]]:
-        pairs, human = [], []
-        for number, row in enumerate(rows := read_rows("--ranked_dataset", args.ranked_dataset, "test"), 1):
-            try:
-                check_columns(row, "prompt/responses/scores")
-                prompt, responses, scores = row["prompt"], list(row["responses"] or ()), list(row["scores"] or ())
-                fits = [isinstance(score, int | float) and math.isfinite(score) for score in scores]
-                fits += [isinstance(string, str) for string in (prompt, *responses)]
-                if len(responses) != len(scores) or not all(fits):
-                    raise ValueError("prompt must be text, responses a list of texts, scores a number each")
-                partners = zip(responses, responses[1:] + responses[:1]) if len(responses) > 2 else ()
-                same = {"prompt": prompt, "similarity": 1}  # which scores do not depend on
-                pairs += [encode(same | {"chosen": a, "rejected": b}) for a, b in partners]
-                human += [scores] * (len(responses) > 2)
-            except Unusable:
-                continue
-            except (ValueError, TypeError) as error:
-                raise InputError(f"--ranked_dataset {args.ranked_dataset}, row {number}: {error}") from error
-        process.print(f"--ranked_dataset: {len(human)} of {len(rows)} prompts have more than two responses, all usable")
-        return pairs, human
-
-    pairs, human = on_rank_0(process, read)
-    return datasets.Dataset.from_list(pairs) if pairs else None, human
+# ---------------------------------------------------------------- metrics of pairs
 
 
 def rank_correlations(scores: list[float], human: list[list[float]]) -> dict[str, float | None]:
@@ -1023,7 +864,7 @@ def margin_metrics(margin, bound, rank_loss, constraint_loss) -> dict[str, float
 
 def pair_correlations(margin: torch.Tensor, similarity: torch.Tensor, pairs) -> dict[str, float]:
     """How well length alone would rank the pairs, and whether the margin grows where the responses differ."""
-    longer = np.sign(np.subtract(pairs["chosen_length"][:], pairs["rejected_length"][:]))
+    longer = np.sign(np.subtract(column(pairs, "chosen_length"), column(pairs, "rejected_length")))
     spearman = spearmanr(margin, similarity).statistic
     return {"length_accuracy": float((longer + 1).mean() / 2), "spearman_similarity": float(spearman)}  # ties: a half
 
@@ -1054,6 +895,11 @@ def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.
     return rng.permutation(order.reshape(-1, size))
 
 
+def padded(rows: list[list[int]], value: int, device: torch.device) -> torch.Tensor:
+    """Rows padded on the right, (R, T)."""
+    return pad_sequence([torch.tensor(row) for row in rows], True, value).to(device)
+
+
 def collate_rows(ids: list[list[int]], starts: list[int], pad_token_id: int, device: torch.device) -> dict:
     """Model inputs for R rows, padded on the right (causal attention then needs no mask), and what they predict.
 
@@ -1061,20 +907,34 @@ def collate_rows(ids: list[list[int]], starts: list[int], pad_token_id: int, dev
         input_ids (R, T); labels (R, T), the next token from each row's start on, else -100.
     """
     labels = [[NO_LABEL] * (start - 1) + row[start:] + [NO_LABEL] for row, start in zip(ids, starts)]
-    input_ids, labels = (
-        pad_sequence([torch.tensor(row) for row in rows], True, value).to(device)
-        for rows, value in ((ids, pad_token_id), (labels, NO_LABEL))
-    )
-    return {"input_ids": input_ids, "labels": labels}
+    return {"input_ids": padded(ids, pad_token_id, device), "labels": padded(labels, NO_LABEL, device)}
+
+
+def separate_rows(chosen: list[int], rejected: list[int]) -> list[tuple]:
+    """(ids, labels, branch, positions) of a pair's two rows, see collate_pairs."""
+    both = ((1, chosen), (2, rejected))
+    return [(ids, ids[1:] + [NO_LABEL], [branch] * len(ids), [*range(len(ids))]) for branch, ids in both]
+
+
+def shared_row(chosen: list[int], rejected: list[int], prefix: int) -> list[tuple]:
+    """(ids, labels, branch, positions) of the one row [prefix | chosen | rejected], see collate_pairs.
+
+    It forks one token before the first that differs, so that each position predicts one token.
+    """
+    fork = max(prefix - 1, 0)
+    ids = chosen + rejected[fork:]
+    labels = chosen[1:] + [NO_LABEL] + rejected[fork + 1 :] + [NO_LABEL]
+    branch = [0] * fork + [1] * (len(chosen) - fork) + [2] * (len(rejected) - fork)
+    positions = [*range(len(chosen)), *range(fork, len(rejected))]
+    return [(ids, labels, branch, positions)]
 
 
 def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> tuple[dict, ...]:
     """Model inputs for B pairs (columns chosen_ids, rejected_ids, prefix), and what lies where.
 
-    With a shared prefix, R = B rows [prefix | chosen | rejected]: rejected does not see chosen, and its positions
-    restart. They fork one token before the first that differs, so that each position predicts one token. Without,
-    R = 2 B rows, a pair's two together, padded on the right; causal attention then needs no mask at all. The cheaper
-    form is taken, by the tokens that the model would have to read.
+    With a shared prefix, R = B rows: rejected does not see chosen, and its positions restart. Without, R = 2 B rows, a
+    pair's two together; causal attention then needs no mask at all. Both are padded on the right. The cheaper form is
+    taken, by the tokens that the model would have to read.
 
     Returns:
         Model inputs: input_ids (R, T), if shared also position_ids (R, T) and attention_mask (R, 1, T, T), added to the
@@ -1084,26 +944,10 @@ def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool,
     pairs = list(zip(batch["chosen_ids"], batch["rejected_ids"], batch["prefix"]))
     width = max(max(len(chosen), len(rejected)) for chosen, rejected, _ in pairs)
     shared = share_prefix and max(len(c) + len(r) - max(prefix - 1, 0) for c, r, prefix in pairs) < 2 * width
-    rows = []
-    for chosen, rejected, prefix in pairs:
-        if shared:
-            k = max(prefix - 1, 0)
-            rows.append(
-                (
-                    chosen + rejected[k:],
-                    chosen[1:] + [NO_LABEL] + rejected[k + 1 :] + [NO_LABEL],
-                    [0] * k + [1] * (len(chosen) - k) + [2] * (len(rejected) - k),
-                    [*range(len(chosen)), *range(k, len(rejected))],
-                )
-            )
-        else:
-            for branch, ids in ((1, chosen), (2, rejected)):
-                rows.append((ids, ids[1:] + [NO_LABEL], [branch] * len(ids), [*range(len(ids))]))
-    input_ids, labels, branch, positions = (
-        pad_sequence([torch.tensor(row) for row in column], True, value).to(device)
-        for column, value in zip(zip(*rows), (pad_token_id, NO_LABEL, -1, 0))
-    )  # each R T
-    inputs = {"input_ids": input_ids}
+    rows = [row for c, r, prefix in pairs for row in (shared_row(c, r, prefix) if shared else separate_rows(c, r))]
+    ids, labels, branch, positions = zip(*rows)
+    labels, branch = padded(labels, NO_LABEL, device), padded(branch, -1, device)  # each R T
+    inputs, positions = {"input_ids": padded(ids, pad_token_id, device)}, padded(positions, 0, device)  # R T
     if shared:
         visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # R T T
         mask = torch.zeros(visible.shape, dtype=dtype, device=device)
@@ -1116,7 +960,7 @@ def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool,
 def over_rows(module, forward, rows, args, process: Process) -> torch.Tensor:
     """forward(columns of B rows), (B, k), for all rows: (n, k) fp32 on the CPU of every rank."""
     module.eval()
-    order = np.argsort([-length for length in rows["row_length"][:]], kind="stable")
+    order = np.argsort(-column(rows, "row_length"), kind="stable")
     batches = [order[i : i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
     results = None
     for first in range(0, len(batches), process.world_size):
@@ -1134,35 +978,31 @@ def over_rows(module, forward, rows, args, process: Process) -> torch.Tensor:
     return results.cpu()
 
 
-# ---------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- metrics of a run
 
 
 class Metrics:
-    """metrics.jsonl, TensorBoard and a progress bar, on rank 0.
+    """metrics.jsonl and TensorBoard, on rank 0. `shown` are the keys that a terminal gets."""
 
-    `shown` are the keys that a terminal gets, `derived` gives further values of a line's means.
-    """
-
-    def __init__(self, folder: Path, process: Process, args, total_steps: int, shown, derived=lambda values: {}):
+    def __init__(self, folder: Path, process: Process, args, total_steps: int, shown: tuple[str, ...]):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.log_every, self.total_steps, self.shown, self.derived = args.log_every, total_steps, shown, derived
-        self.history, self.amounts, self.since, self.enabled = [], Counter(), time.perf_counter(), process.rank == 0
-        self.bar = tqdm(total=total_steps, unit="step", disable=None if self.enabled and total_steps else True)
-        if self.enabled:
+        self.process, self.log_every, self.total_steps, self.shown = process, args.log_every, total_steps, shown
+        self.history, self.amounts, self.since, self.file = [], Counter(), time.perf_counter(), None
+        if process.rank == 0:
             self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             self.board = SummaryWriter(str(folder / "tensorboard"))
 
     def state(self) -> dict:
         """What later lines depend on."""
-        if self.enabled:
+        if self.file:
             self.board.flush()
-        return {"history": self.history, "size": self.file.tell() if self.enabled else 0}
+        return {"history": self.history, "size": self.file.tell() if self.file else 0}
 
     def go_on(self, step: int, history: list[dict], size: int) -> None:
         """Go on after the step at which state() was taken: what was written since then is cut off."""
-        self.history, self.bar.initial, self.bar.n, self.since = history, step, step, time.perf_counter()
-        if self.enabled:
+        self.history, self.since = history, time.perf_counter()
+        if self.file:
             self.file.truncate(min(size, self.file.tell()))
             self.file.seek(0, os.SEEK_END)  # else tell() still counts what was cut off
             # An evaluation may have come at this very step, after state(): the board loses the step, and gets it anew.
@@ -1175,33 +1015,21 @@ class Metrics:
         """Keep a step's values; every --log_every steps write their means, and amounts per second. Whether it wrote."""
         self.history.append({name: None if value is None else float(value) for name, value in values.items()})
         self.amounts.update(amounts)
-        self.bar.update()
         if not (last or step in (1, self.total_steps) or step % self.log_every == 0):
             return False
-        seconds, columns = time.perf_counter() - self.since, zip(*(line.values() for line in self.history))
-        means = {name: None if None in column else float(np.mean(column)) for name, column in zip(values, columns)}
+        columns = {name: [line[name] for line in self.history] for name in values}
+        means = {name: None if None in values else float(np.mean(values)) for name, values in columns.items()}
+        seconds, self.history = time.perf_counter() - self.since, []  # since the last line, of whatever kind
         self.write(step, "train", means | {f"{name}_per_s": n / seconds for name, n in self.amounts.items()})
-        self.history, self.amounts, self.since = [], Counter(), time.perf_counter()
         return True
 
-    @contextlib.contextmanager
-    def paused(self):
-        """Inside, the clock of the rates stands still."""
-        start = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - start
-
     def write(self, step: int, split: str, values: dict) -> None:
-        if not self.enabled:
-            return
-        values = values | self.derived(values)
-        self.file.write(json_line({"step": step, "split": split, **values}))
-        self.draw(step, split, **values)
-        shown = {name: f"{values[name]:.4g}" for name in self.shown if values.get(name) is not None}
-        if split == "train" and not self.bar.disable:
-            self.bar.set_postfix(shown)
-        else:  # no terminal: no bar, but lines
-            tqdm.write(f"step {step} {split}: " + ", ".join(map(" ".join, shown.items())))
+        self.amounts, self.since = Counter(), time.perf_counter()
+        if self.file:
+            self.file.write(json_line({"step": step, "split": split, **values}))
+            self.draw(step, split, **values)
+        shown = [f"{name} {values[name]:.4g}" for name in self.shown if values.get(name) is not None]
+        self.process.print(f"step {step} of {self.total_steps}, {split}: {', '.join(shown)}")
 
     def draw(self, step: int, split: str, **values) -> None:
         for name, value in values.items():
@@ -1209,8 +1037,7 @@ class Metrics:
                 self.board.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        self.bar.close()
-        if self.enabled:
+        if self.file:
             self.file.close()
             self.board.close()
 
@@ -1223,17 +1050,15 @@ def toy_model() -> str:
 
     Made at first use; an ordinary Hugging Face folder from then on.
     """
-    source = DATA / "toy"
-
-    def write(folder: Path) -> None:
+    folder = cache_path("toy", digest(sorted((DATA / "toy").iterdir())))
+    if not folder.exists():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(source))
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-        model.save_pretrained(folder)
-
-    content = digest(sorted(source.iterdir()))
-    return str(cached_folder("toy", content, write, transformers.LlamaForCausalLM.from_pretrained))
+            model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(DATA / "toy"))
+        with writing(folder) as part:
+            shutil.copytree(DATA / "toy", part)
+            model.save_pretrained(part)
+    return str(folder)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool):
@@ -1243,7 +1068,7 @@ def load_tokenizer(path: str, trust_remote_code: bool):
     were EOS, they would be read before EOS. A tokenizer without a padding token of its own lends an unused special
     token (Llama-2: <unk>).
     """
-    with loading("tokenizer", path):
+    with naming(f"tokenizer {path}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: its tokenizer has no EOS token, which ends every response")
@@ -1252,29 +1077,25 @@ def load_tokenizer(path: str, trust_remote_code: bool):
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         free = [token for token in special if token not in taken and token not in str(tokenizer.chat_template or "")]
         if not free:
-            raise InputError(
-                f"{path}: its tokenizer has no padding token that differs from EOS, and no unused special token to "
-                "lend: set `pad_token` in its tokenizer_config.json to a token that texts never contain"
-            )
+            how = "set `pad_token` in its tokenizer_config.json to a token that texts never contain"
+            raise InputError(f"{path}: its tokenizer has no padding token but EOS, and no unused one to lend: {how}")
         tokenizer.pad_token = min(free, key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
     return tokenizer
 
 
 def check_tokenizer(flag: str, path: str, tokenizer, flag_of_tokenizer: str, trust_remote_code: bool) -> None:
-    """InputError unless the model at `path` has the same tokens, and the same one ends a text."""
-    other, what = load_tokenizer(path, trust_remote_code), f"{flag} {path} has another"
-    own = f"than {flag_of_tokenizer} {tokenizer.name_or_path}"
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise InputError(f"{what} vocabulary {own}")
-    if other.eos_token != tokenizer.eos_token:
-        raise InputError(f"{what} EOS token, {other.eos_token!r}, {own}, {tokenizer.eos_token!r}")
+    """InputError unless the model at `path` has the same tokens, and begins and ends a text with the same ones."""
+    other = load_tokenizer(path, trust_remote_code)
+    kinds = {"vocabulary": lambda t: t.get_vocab(), "EOS token": lambda t: t.eos_token, "BOS token": beginning}
+    for what, of in kinds.items():
+        if of(other) != of(tokenizer):
+            raise InputError(f"{flag} {path} has another {what} than {flag_of_tokenizer} {tokenizer.name_or_path}")
 
 
 def encoder_of_training(args) -> tuple[str, str]:
     """--encoder and --encoder_pooling; without the former the reference, or the model that training starts from.
 
-    For evaluation alone what gave the bounds of the model's training, as the args.json beside it says: by then --model
-    is the trained one.
+    For evaluation alone what gave the bounds in training, as the args.json beside the model says.
     """
     if not (args.encoder or args.epochs):
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -1286,11 +1107,6 @@ def encoder_of_training(args) -> tuple[str, str]:
     return encoder, args.encoder_pooling
 
 
-def zero_stage(args) -> int:
-    """At stage 0 DeepSpeed's 16 bit optimizer would step once on no gradient; 16 bits run at stage 1 instead."""
-    return max(args.zero_stage, int(args.dtype != "fp32"))
-
-
 def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config: dict, **values):
     """`auto_class.from_pretrained(path)` with whatever is random in training off, sharded from the start at ZeRO-3.
 
@@ -1298,66 +1114,56 @@ def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config:
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     # While this object lives, from_pretrained shards every model that it loads; hence made and dropped here.
-    sharding = transformers.integrations.HfDeepSpeedConfig(engine_config) if zero_stage(args) == 3 else None
-    with loading("model", path):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        no_dropout(config)
-        for name, value in (values | {"pad_token_id": tokenizer.pad_token_id}).items():
-            setattr(config, name, value)
-        model, info = auto_class.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=args.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+    sharding = transformers.integrations.HfDeepSpeedConfig(engine_config) if args.zero_stage == 3 else None
+    with naming(f"{flag} {path}"):
+        if transformers.utils.find_adapter_config_file(path):
+            raise ValueError("adapter_config.json: an adapter is not read; merge it into the model's own weights")
+        remote = {"trust_remote_code": args.trust_remote_code}
+        config = no_dropout(transformers.AutoConfig.from_pretrained(path, **remote))
+        config.update(values | {"pad_token_id": tokenizer.pad_token_id})
+        options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = auto_class.from_pretrained(path, config=config, dtype=dtype, **options, **remote)
+        for name, found, wanted in info["mismatched_keys"]:
+            raise ValueError(f"{name} has the shape {tuple(found)} in its weights, but {tuple(wanted)} is needed")
+        rows = model.get_input_embeddings().num_embeddings
+        if (last := max(tokenizer.get_vocab().values())) >= rows:
+            raise ValueError(f"{rows} embeddings, but token {last} is {tokenizer.convert_ids_to_tokens(last)!r}")
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_length
+        tables = {table.num_embeddings for table in model.modules() if isinstance(table, torch.nn.Embedding)} - {rows}
+        if args.max_length > positions and tables & {positions, positions + 2}:  # a table ends there (OPT's 2 later)
+            raise ValueError(f"{positions} learned positions for rows of up to {args.max_length} tokens: lower --max_*")
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     del sharding
-    what = f"{flag} {path}"
-    for name, found, wanted in info["mismatched_keys"]:
-        if name == "score.weight":
-            raise InputError(f"{what} gives {found[0]} labels, but a reward model has one")
-        raise InputError(f"{what}: {name} has the shape {tuple(found)} in its weights, but {tuple(wanted)} is needed")
-    rows = model.get_input_embeddings().num_embeddings
-    beyond = min(((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows), default=None)
-    if beyond:
-        raise InputError(
-            f"{what} has {rows} embeddings, but its tokenizer {len(tokenizer)} tokens; the first without one is "
-            f"{beyond[0]}, {beyond[1]!r}: resize the model's embeddings, or take the tokenizer of its training"
-        )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_length
-    tables = [t for t in model.modules() if isinstance(t, torch.nn.Embedding) and t is not model.get_input_embeddings()]
-    sizes = {table.num_embeddings for table in tables}
-    if args.max_length > positions and sizes & {positions, positions + 2}:  # a table ends there (OPT's 2 rows later)
-        raise InputError(
-            f"{what} has {positions} learned positions, but a row may have {args.max_length} tokens: lower "
-            "--max_length (ppo.py: --max_prompt_length or --max_new_tokens)"
-        )
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, info
 
 
-def no_dropout(config) -> None:
-    """Set every probability of dropping or jittering to 0, in nested configurations too."""
+def no_dropout(config):
+    """The configuration with every probability of dropping or jittering 0, in nested ones too."""
     for name, value in vars(config).items():
         if isinstance(value, transformers.PretrainedConfig):
             no_dropout(value)
         elif isinstance(value, int | float) and not isinstance(value, bool) and re.search("drop|jitter", name):
             setattr(config, name, type(value)(0))
+    return config
 
 
 def load_language_model(flag: str, path: str, args, tokenizer, engine_config: dict):
-    """A causal language model."""
+    """A causal language model. Its generation_config names all tokens that end an answer: the tokenizer's EOS, those
+    that the folder's own lists, and what the chat template writes behind an answer."""
     model, info = load_model(transformers.AutoModelForCausalLM, flag, path, args, tokenizer, engine_config)
-    if any(name.startswith("score.") for name in info["unexpected_keys"]):
-        raise InputError(f"{flag} {path} is a reward model, but a language model is needed: pass the SFT model")
-    if info["missing_keys"]:
-        raise InputError(f"{flag} {path}: no language model; missing {sorted(info['missing_keys'])}")
+    if info["missing_keys"] or any(name.startswith("score.") for name in info["unexpected_keys"]):
+        keys = f"missing {sorted(info['missing_keys'])}, unexpected {sorted(info['unexpected_keys'])}"
+        raise InputError(f"{flag} {path} is no language model: {keys:.300}")
+    listed = model.generation_config.eos_token_id
+    ends = set(listed if isinstance(listed, list) else [listed]) & tokenizer.added_tokens_decoder.keys()
+    if tokenizer.chat_template:
+        with contextlib.suppress(Exception):  # a template of its own mind, which refuses this
+            ends.add(read_turns("a", ["a"], None, tokenizer, "demonstration")["answer_ids"][0][-1])
+    ends = sorted((ends | {tokenizer.eos_token_id}) - {tokenizer.pad_token_id})
     # Else `generate` would take the model's own suppressed tokens, top-p and the like over.
     model.generation_config = transformers.GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     )
     return model
 
@@ -1378,141 +1184,84 @@ class Scorer(torch.nn.Module):
 
 def load_reward_model(flag: str, path: str, args, tokenizer, engine_config: dict, new_head: bool = False) -> Scorer:
     """A sequence classifier with one label. A new head is drawn from the seed, alike on all ranks and ZeRO stages."""
-    model, info = load_model(
-        transformers.AutoModelForSequenceClassification,
-        flag,
-        path,
-        args,
-        tokenizer,
-        engine_config,
-        num_labels=1,
-        problem_type="regression",
-    )
+    kind = transformers.AutoModelForSequenceClassification
+    labels = {"num_labels": 1, "problem_type": "regression"}
+    model, info = load_model(kind, flag, path, args, tokenizer, engine_config, **labels)
     missing, what = set(info["missing_keys"]), f"{flag} {path}"
     if not hasattr(model, "score") or missing - {"score.weight"}:
         raise InputError(f"{what}: not a decoder with a `score` head; missing {sorted(missing)}")
+    with torch.device("meta"):  # what a language model of this kind has beside its body, and is not needed
+        causal = transformers.AutoModelForCausalLM.from_config(model.config, trust_remote_code=args.trust_remote_code)
+    ignored = "|".join([r"^embed_out\.", *(causal._keys_to_ignore_on_load_unexpected or [])])  # GPT-NeoX's on disk
+    unused = {key for key in info["unexpected_keys"] if not re.search(ignored, key)} - causal.state_dict().keys()
+    if unused:
+        raise InputError(f"{what}: {sorted(unused)} would not be used; a reward model's head is score.weight alone")
     if missing and not new_head:
         raise InputError(f"{what} is no reward model: pass what reward.py wrote")
     if missing:
-        with torch.device("meta"):  # the names that a language model of this kind has beside its body
-            causal = transformers.AutoModelForCausalLM
-            known = causal.from_config(model.config, trust_remote_code=args.trust_remote_code).state_dict()
-        if unused := sorted(set(info["unexpected_keys"]) - set(known) - {"embed_out.weight"}):  # GPT-NeoX's on disk
-            raise InputError(f"{what}: {unused} would not be used; rename a reward model's head to score.weight")
         config = model.config.get_text_config()
         std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02  # OPT: init_std
         with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
             head = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(args.seed))
             model.score.weight.data.copy_(head * std)
+        if dist.get_rank() == 0:
+            tqdm.write("score head: new, drawn from --seed")
     return Scorer(model)
 
 
-@contextlib.contextmanager
-def loading(what: str, path: str):
-    """Inside, a library loads something: whatever it raises, by what is missing, is an InputError."""
-    folder = Path(path)
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
-            reason = "only pickled weights, which can run code when loaded: convert them to safetensors first"
-        elif (folder / "model").is_dir() and not (folder / "config.json").exists():
-            reason = f"it is the folder of a run: pass {folder / 'model'}"
-        elif "trust_remote_code" in str(error):
-            reason = "it needs code of its own: read that code, then pass --trust_remote_code"
-        elif folder.exists():
-            reason = said(error) + "; delete it to go on from the one before" * (what == "checkpoint")
-        else:
-            reason = f"there is no such folder, nor could the Hub give it; download it and pass that ({said(error)})"
-        raise InputError(f"cannot load the {what} {path}: {reason}") from error
+def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, **inputs) -> torch.Tensor:
+    """log π of each label (R, T) that is not -100, at a temperature, row after row: (N,) fp32.
 
-
-class TargetLogps(torch.autograd.Function):
-    """Log-probability of each target, in fp32. Overwrites the logits with their softmax, which is all that the backward
-    pass needs: in bf16 half of what `cross_entropy` keeps, and no buffer for gradients."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, temperature):
-        logps = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-        size = 32 if logits.device.type == "cpu" else 4096  # rows whose fp32 copy stays in a CPU's cache
-        for rows, target, logp in zip(logits.split(size), targets.split(size), logps.split(size)):
-            scaled = rows.float() if temperature == 1 else rows.float() / temperature
-            logp.copy_(-F.cross_entropy(scaled, target, reduction="none"))
-            if ctx.needs_input_grad[0]:
-                rows.copy_((rows if temperature == 1 else scaled).softmax(-1))
-        ctx.temperature = temperature
-        ctx.save_for_backward(logits, targets, logps)
-        return logps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        softmax, targets, logps = ctx.saved_tensors
-        grad = grad / ctx.temperature
-        own = -torch.expm1(logps) * grad  # d log π / d logits = 1 - π at the target, and -π elsewhere
-        grads = softmax.mul_(-grad.to(softmax.dtype)[:, None])  # n V
-        return grads.scatter_(1, targets[:, None], own.to(grads.dtype)[:, None]), None, None
-
-
-def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, never=(), **inputs) -> torch.Tensor:
-    """log π of each label (R, T) that is not -100, row after row: (N,) fp32. The head sees no other position.
-
-    Under the distribution at a temperature, without the tokens `never`.
+    The vocabulary head sees no other position.
     """
     keep = labels != NO_LABEL  # R T
     logits = model(logits_to_keep=keep, use_cache=False, **inputs).logits  # N V
     logits = logits[keep] if logits.dim() == 3 else logits  # a model with code of its own may keep all
-    logits = logits.index_fill(1, never, -math.inf) if len(never) else logits
-    return TargetLogps.apply(logits, labels[keep], temperature)
-
-
-def unnamed_tokens(model, tokenizer, process: Process) -> torch.Tensor:
-    """Tokens of the model's vocabulary that its tokenizer cannot name, where the vocabulary is padded beyond it."""
-    named = set(tokenizer.get_vocab().values())
-    size = model.config.get_text_config().vocab_size
-    return torch.tensor([i for i in range(size) if i not in named], dtype=torch.long, device=process.device)
+    return -F.cross_entropy(logits.float() / temperature, labels[keep], reduction="none")
 
 
 @torch.no_grad()
 def check_model(engine, model, args, process: Process) -> bool:
     """Whether a pair may share one row with its prefix, found out by scoring a made-up pair both ways.
 
-    InputError for a model that is random in training, or that looks ahead.
+    Sets model.reads_padding: whether padding before a prompt changes what follows, as in recurrent models. InputError
+    for a model whose outputs are not finite.
     """
-    length, config, name = max(args.max_length, 8), model.config.get_text_config(), model.config.name_or_path
-    fork = length // 2  # tokens that the two begin with alike
+    config, fork = model.config.get_text_config(), max(4, min(args.max_length, 64) // 2)  # fork: tokens that are alike
     prefix, chosen, rejected, other = np.random.default_rng(0).integers(config.vocab_size, size=(4, fork)).tolist()
 
-    def outputs(share: bool, chosen: list[int] = chosen) -> torch.Tensor:
-        """Before the fork, at it, at two tokens after it and at the end of each response."""
-        pair = dict(chosen_ids=[prefix + chosen], rejected_ids=[prefix + rejected], prefix=[fork])
-        inputs, labels, branch, positions = collate_pairs(pair, 0, share, model.dtype, process.device)
-        keep = (branch >= 0) & (labels == NO_LABEL) | (positions >= fork - 2) & (positions < fork + 2)  # R T
+    def outputs(keep: torch.Tensor, **inputs) -> torch.Tensor:
         logits = engine(logits_to_keep=keep, use_cache=False, **inputs).logits
         return (logits[keep] if logits.dim() == 3 else logits).float()
 
-    def differ(some: torch.Tensor, others: torch.Tensor, far: float) -> bool:
-        return not (some - others).abs().max() <= far * apart.abs().max()
+    def pair(share: bool, chosen: list[int] = chosen) -> torch.Tensor:
+        """Before the fork, at it, at two tokens after it and at the end of each response."""
+        batch = {"chosen_ids": [prefix + chosen], "rejected_ids": [prefix + rejected], "prefix": [fork]}
+        inputs, labels, branch, positions = collate_pairs(batch, 0, share, model.dtype, process.device)
+        near = (positions >= fork - 2) & (positions < fork + 2)  # R T
+        return outputs((branch >= 0) & (labels == NO_LABEL) | near, **inputs)
+
+    def alike(some: torch.Tensor, others: torch.Tensor, far: float = 1e-3 if args.dtype == "fp32" else 0.05) -> bool:
+        return bool((some - others).abs().max() <= far * apart.abs().max())
 
     engine.train()
-    apart = outputs(False)  # 5 of chosen, 5 of rejected
-    rounding = 1e-3 if args.dtype == "fp32" else 0.05
+    apart = pair(False)  # 5 of chosen, 5 of rejected
     if not apart.isfinite().all():
+        name = config.name_or_path
         raise InputError(f"{name} gives what is not finite: its weights are broken, or too large for {args.dtype}")
-    if differ(apart, outputs(False), rounding):
-        raise InputError(f"{name}: scores change from one pass to the next; something in it is random in training")
-    if differ(apart[:2], apart[5:7], rounding):
-        raise InputError(f"{name} is not causal: what follows a token changes what the model says before it")
-    if (getattr(config, "sliding_window", None) or length) < length:  # in 16 bits this could hide in the rounding
-        return False
-    try:
-        shared = outputs(True)  # 1 before the fork, 4 of chosen, 4 of rejected
-        alone = not differ(shared[5:], outputs(True, other)[5:], 1e-4)  # rejected does not see chosen
-        return alone and not differ(shared, torch.cat([apart[:5], apart[6:]]), rounding)
-    except Exception:  # it takes no mask or no positions of ours
-        return False
+    ids = torch.tensor([[0] * 16 + prefix + chosen], device=process.device)
+    mask = torch.arange(ids.shape[1], device=process.device)[None] >= 16
+    inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    model.reads_padding = True
+    with contextlib.suppress(Exception):  # it takes no mask or no positions of ours
+        model.reads_padding = not alike(outputs(mask.cumsum(1) == 2 * fork, **inputs), apart[4:5])
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    with contextlib.suppress(Exception):
+        # Together they are 1 before the fork, 4 of chosen, 4 of rejected, which must not see chosen.
+        shared, beside_other = pair(True), pair(True, other)
+        same = alike(shared, torch.cat([apart[:5], apart[6:]])) and alike(shared[5:], beside_other[5:], 1e-4)
+        return same and not any(limit and limit < args.max_length for limit in limits)  # 64 tokens do not show it
+    return False
 
 
 # ---------------------------------------------------------------- engine
@@ -1520,22 +1269,21 @@ def check_model(engine, model, args, process: Process) -> bool:
 
 def engine_config(args, accumulation: int) -> dict:
     """The DeepSpeed configuration of one engine."""
-    if args.offload and zero_stage(args) == 0:
+    # At stage 0 DeepSpeed's 16 bit optimizer would step once on no gradient; 16 bits run at stage 1 instead.
+    args.zero_stage = max(args.zero_stage, int(args.dtype != "fp32"))
+    if args.offload and args.zero_stage == 0:
         raise InputError("--offload moves ZeRO's shards to the CPU: it needs ZeRO stage 1, 2 or 3")
-    device = deepspeed.accelerator.get_accelerator()
-    supported = {"fp32": True, "bf16": device.is_bf16_supported(), "fp16": device.is_fp16_supported()}
-    if not supported[args.dtype]:
-        others = " or ".join(dtype for dtype in supported if supported[dtype])
-        raise InputError(f"--dtype {args.dtype} is not supported on this device: use {others}")
+    if args.dtype != "fp32" and not getattr(deepspeed.accelerator.get_accelerator(), f"is_{args.dtype}_supported")():
+        raise InputError(f"--dtype {args.dtype} is not supported on this device")
     to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    names = ("offload_optimizer", *["offload_param"] * (zero_stage(args) == 3)) if args.offload else ()
+    names = ("offload_optimizer", *["offload_param"] * (args.zero_stage == 3)) if args.offload else ()
     return {
         "train_micro_batch_size_per_gpu": args.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": args.dtype == "bf16"},
         "fp16": {"enabled": args.dtype == "fp16"},
-        "zero_optimization": {"stage": zero_stage(args), **dict.fromkeys(names, to_cpu)},
+        "zero_optimization": {"stage": args.zero_stage, **dict.fromkeys(names, to_cpu)},
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloading too, and compiles nothing
         "steps_per_print": 1 << 30,
     }
@@ -1548,12 +1296,16 @@ def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, p
     """
     if total_steps == 0:
         module = module.requires_grad_(False).to(process.device)
-        return deepspeed.initialize(model=module, config=config)[0] if zero_stage(args) == 3 else module
+        stage = config["zero_optimization"]["stage"]
+        return deepspeed.initialize(model=module, config=config)[0] if stage == 3 else module
     groups, numbers = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}], 0
     for parameter in module.parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the parameter itself
         groups[len(shape) < 2]["params"].append(parameter)
         numbers += math.prod(shape)
+    if getattr(args, "task", "") == "toy" and numbers > 5_000_000:
+        how = f"pass --task, or a --learning_rate for {numbers / 1e6:,.0f} million parameters"
+        process.print(f"settings not given are those of --task toy, learning rate {args.learning_rate:g}: {how}")
     # Gradients are reduced in buckets, whose default is this limit: a gigabyte for the smallest model.
     config["zero_optimization"]["reduce_bucket_size"] = min(numbers, 500_000_000)
     groups = [group for group in groups if group["params"]]  # OLMo has no norm weights
@@ -1571,29 +1323,23 @@ def optimizer_step(step: int, losses: list[torch.Tensor], *engines) -> list[floa
     stepped when the second's gradient is found.)
     """
     rates = ", ".join(f"{args.learning_rate:g}" for _, args in engines)
-    remedy = f"lower the learning rate ({rates}), look at the data, or use --dtype bf16 or fp32"
     finite = torch.stack(losses).isfinite().all().float()
     dist.all_reduce(finite, dist.ReduceOp.MIN)
-    if not finite:
-        raise InputError(f"step {step}: the loss is not finite, and has changed no weight: {remedy}")
-    norms = {}
+    broken, norms = [] if finite else ["loss"], {}
     for engine, args in engines:
-        if zero_stage(args) == 0:  # the engine neither reports nor checks it here
+        if finite and args.zero_stage == 0:  # the engine neither reports nor checks it here
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             norms[engine] = float(torch.nn.utils.get_total_norm(gradients))
-            if not math.isfinite(norms[engine]):
-                raise InputError(f"step {step}: the gradient is not finite, and has changed no weight: {remedy}")
-    for engine, args in engines:
+            broken += ["gradient"] * (not math.isfinite(norms[engine]))
+    for engine, args in () if broken else engines:
         skipped = engine.skipped_steps
-        try:
-            engine.step()
-        except Exception as error:  # fp16 skips steps while its loss scale settles; this is where that has no end
-            if "loss scale" not in str(error):
-                raise
-            raise InputError(f"step {step}: {error} {remedy}") from error
-        if engine.skipped_steps > skipped and args.dtype != "fp16":
-            raise InputError(f"step {step}: the gradient is not finite, and DeepSpeed skipped the step: {remedy}")
-        norms.setdefault(engine, float(engine.get_global_grad_norm() or math.nan))
+        engine.step()
+        if engine.skipped_steps > skipped and args.dtype != "fp16":  # which skips while its loss scale settles
+            broken.append("gradient")
+        norms.setdefault(engine, float(engine.get_global_grad_norm() if args.zero_stage else 0))
+    if broken:
+        how = f"lower the learning rate ({rates}), look at the data, or use --dtype bf16 or fp32"
+        raise InputError(f"step {step}: the {broken[0]} is not finite, and has changed no weight: {how}")
     return [norms[engine] for engine, _ in engines]
 
 
@@ -1614,92 +1360,62 @@ def unsharded(engine):
 
 def save_model(engine, model, tokenizer, folder: Path, process: Process) -> None:
     """Write a Hugging Face folder (safetensors, configuration, tokenizer) of `model`, engine.module or a part of it."""
+    on_signals(signal.SIG_DFL)  # no step will end with a checkpoint any more
     prefix = next(name for name, module in engine.module.named_modules() if module is model)
     weights = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_stage() == 3 else None
     if weights is not None:
         weights = {name.removeprefix(f"{prefix}."): value for name, value in weights.items()}
 
     def write() -> None:
-        try:
-            with writing(folder) as part:
-                model.save_pretrained(part, state_dict=weights)
-                tokenizer.save_pretrained(part)
-        except Exception as error:  # OSError, and safetensors' own
-            size = sum(value.numel() * value.element_size() for value in (weights or model.state_dict()).values())
-            raise InputError(f"cannot write {folder}, which takes {size / 1e9:.3g} GB: {said(error)}") from error
+        with naming(f"cannot write {folder}"), writing(folder) as part:
+            model.save_pretrained(part, state_dict=weights)
+            tokenizer.save_pretrained(part)
 
     on_rank_0(process, write)
-
-
-def write_card(folder: Path, args, auto_class: str, process: Process) -> None:
-    """model/README.md: how to load the model, how it did on held-out rows, and what it was trained with."""
-    if process.rank:
-        return
-    logged = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    last = [line for line in logged if line["split"] == "eval"][-1:]
-    figures = [item for line in last for item in line.items() if item[0] != "split" and item[1] is not None]
-    script = Path(sys.modules[type(args).__module__].__file__).name
-    load = f"`transformers.{auto_class}.from_pretrained(folder)` loads it, with the tokenizer beside it."
-    write_file(folder / "model" / "README.md", "\n".join([
-        "---\nlibrary_name: transformers\ntags: [pcrm]\n---",
-        f"Trained by `{script}` (Prior Constraints-based Reward Model training, arXiv 2404.00978). {load}",
-        "\n| on held-out rows | |\n| --- | --- |",
-        *[f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |" for name, value in figures],
-        "\n| trained with | |\n| --- | --- |",
-        *[f"| {name} | {value} |" for name, value in vars(args).items() if value != ""], "",
-    ]))  # fmt: skip
 
 
 # ---------------------------------------------------------------- answers and pictures
 
 
-class Sampling(transformers.LogitsProcessor):
-    """Draws the next tokens but those of `never`, and leaves greedy decoding no other choice.
+def drawn(points: torch.Tensor, width: int, temperature: float, input_ids, scores: torch.Tensor) -> torch.Tensor:
+    """Scores (R, V) that leave greedy decoding the drawn tokens alone.
 
     Each row has its own random numbers (R, L), so that what it draws does not depend on the rows beside it.
     """
-
-    def __init__(self, points: torch.Tensor, width: int, temperature: float, never: torch.Tensor):
-        self.points, self.width, self.temperature, self.never = points, width, temperature, never
-
-    def __call__(self, input_ids, scores):
-        scores = scores.float() / self.temperature  # R V
-        scores = scores.index_fill(1, self.never, -math.inf) if len(self.never) else scores
-        cumulated = scores.softmax(-1).double().cumsum(-1)  # R V
-        step = input_ids.shape[1] - self.width
-        point = self.points[:, step : step + 1] * cumulated[:, -1:]  # R 1
-        drawn = torch.searchsorted(cumulated, point, right=True)  # R 1
-        return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
+    cumulated = (scores.float() / temperature).softmax(-1).double().cumsum(-1)  # R V
+    step = input_ids.shape[1] - width
+    point = points[:, step : step + 1] * cumulated[:, -1:]  # R 1
+    token = torch.searchsorted(cumulated, point, right=True)  # R 1
+    return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
 
 
 @torch.no_grad()
-def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, process, temperature=1.0) -> list[list[int]]:
-    """An answer to each of this rank's prompts, EOS included where it ends within its room (in tokens).
+def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, temperature: float = 1.0) -> list[list[int]]:
+    """An answer to each of this rank's prompts, with what ends it where it ends within its room (in tokens).
 
     Drawn from the model's own distribution: no top-k, no top-p. An answer is a function of its prompt and its seed.
     """
     engine.eval()
-    answers, eos, never = [None] * len(prompts), tokenizer.eos_token_id, unnamed_tokens(model, tokenizer, process)
+    answers, ends = [None] * len(prompts), model.generation_config.eos_token_id
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     with unsharded(engine):
         batches = []
         for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+            length, first = len(prompts[row]), batches[-1][0] if batches else 0
             # Positions count from the longest prompt, new tokens from the largest room, the shortest one's.
-            if not batches or len(batches[-1]) == size or len(prompts[row]) + rooms[batches[-1][0]] > positions:
+            full = not batches or len(batches[-1]) == size or length + rooms[first] > positions
+            if full or model.reads_padding and length > len(prompts[first]):
                 batches.append([])
             batches[-1].append(row)
         for rows in batches:
             ids = {"input_ids": [prompts[row] for row in rows]}
-            inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(process.device)
+            inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
             width, length = inputs.input_ids.shape[1], max(rooms[row] for row in rows)
             points = torch.tensor(np.stack([np.random.default_rng(seeds[row]).random(length) for row in rows]))
-            sampling = [Sampling(points.to(process.device), width, temperature, never)]
-            settings = transformers.GenerationConfig(
-                max_new_tokens=length, do_sample=False, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
-            )
-            output = model.generate(**inputs, logits_processor=sampling, generation_config=settings)  # R T + L
+            draw = [functools.partial(drawn, points.to(model.device), width, temperature)]
+            output = model.generate(**inputs, logits_processor=draw, max_new_tokens=length, do_sample=False)  # R T+L
             for row, answer in zip(rows, output[:, width:].tolist()):
-                end = answer.index(eos) + 1 if eos in answer else len(answer)
+                end = next((place for place, token in enumerate(answer, 1) if token in ends), len(answer))
                 answers[row] = answer[: min(end, rooms[row])]
     engine.train()
     return answers
@@ -1708,28 +1424,28 @@ def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, process, 
 def answer_prompts(engine, model, tokenizer, rows: datasets.Dataset, args, process: Process) -> None:
     """Sample answers to the first --generate different prompts of the rows: print some, and write all."""
     prompts = {}
-    for prompt, ids in zip(rows["prompt"], rows["prompt_ids"]):
+    for prompt, *both in zip(rows["prompt"], rows["instruction"], rows["prompt_ids"]):
         if len(prompts) < args.generate:
-            prompts.setdefault(prompt, ids)
-    mine = list(prompts.values())[process.rank :: process.world_size]
+            prompts.setdefault(prompt, both)
+    instructions, ids = zip(*prompts.values()) if prompts else ((), ())
+    mine = ids[process.rank :: process.world_size]
     seeds = [[args.seed, number] for number in range(process.rank, len(prompts), process.world_size)]
-    rooms = [args.max_length - len(ids) for ids in mine]
-    answers = sample(engine, model, tokenizer, mine, rooms, seeds, args.micro_batch_size, process)
+    rooms = [args.max_length - len(prompt) for prompt in mine]
+    answers = sample(engine, model, tokenizer, mine, rooms, seeds, args.micro_batch_size)
     texts = interleaved([tokenizer.decode(answer, skip_special_tokens=True) for answer in answers])
     for prompt, answer in list(zip(prompts, texts))[:3]:
         process.print(f"sample: {prompt!r} -> {answer!r}")
-    write_generations(list(zip(prompts, texts)), args, process)
+    write_generations(list(zip(instructions, texts)), args, process)
 
 
 def write_generations(answers: list[tuple[str, str]], args, process: Process) -> None:
-    """(prompt, answer) as AlpacaEval reads them: the last file of a run."""
+    """(instruction, answer) as AlpacaEval reads them: the last file of a run."""
     dataset = args.eval_dataset or args.dataset
-    dataset = Path(dataset).name if Path(dataset).exists() else dataset
-    same = {"generator": Path(args.output_dir).name, "dataset": dataset}
-    results = [
-        {"instruction": prompt.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant: "), "output": answer, **same}
-        for prompt, answer in answers
-    ]
+    same = {
+        "generator": Path(args.output_dir).name,
+        "dataset": Path(dataset).name if Path(dataset).exists() else dataset,
+    }
+    results = [{"instruction": instruction, "output": answer, **same} for instruction, answer in answers]
     if process.rank == 0:
         result = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
         write_file(Path(args.output_dir) / "generations.json", result)

@@ -21,16 +21,15 @@ of a data set.
 import common  # first: it sets what torch reads when it is loaded
 
 import functools
-import hashlib
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
 
-from priors import cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound, ranking_loss
+from priors import cosine_similarity, encode_texts, length_ratio, pair_bounds, ranking_loss
 
 
 @dataclass
@@ -74,46 +73,30 @@ class Args:
     weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
     epochs: int = 2  # Passes over the data; 0: evaluate only.
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
-    micro_batch_size: int = 32  # Pairs per rank and forward pass, at most; cut to a rank's share of the global batch.
-    global_batch_size: int = 32  # Pairs per optimizer step, over all ranks and accumulated micro batches.
+    micro_batch_size: int = 32  # Pairs per rank and forward pass, at most.
+    global_batch_size: int = 32  # Pairs per optimizer step, over all ranks.
     zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
-    gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Of the model; 16 bits keep fp32 master weights.
+    gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the pairs, random bounds and the sampled answers.
-    log_every: int = 10  # Optimizer steps between lines of metrics; the first step always has one.
-    eval_every: int = 0  # Optimizer steps between evaluations; 0: only before and after training.
-    save_every: int = 0  # Optimizer steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends training.
-    keep: int = 2  # The newest checkpoints that stay, at least one.
+    log_every: int = 10  # Optimizer steps between lines of metrics.
+    eval_every: int = 0  # Optimizer steps between evaluations; 0: before and after training.
+    save_every: int = 0  # Optimizer steps between checkpoints; 0: only when a signal ends training.
+    keep: int = 2  # Checkpoints that stay, the newest.
     resume: bool = False  # Go on from the newest checkpoint in --output_dir; begin where there is none.
     trust_remote_code: bool = False  # Run Python code that comes with a model.
-    local_rank: int = -1  # Given by the launcher, which also sets the LOCAL_RANK that is used.
+    local_rank: int = -1  # Given by the launcher; LOCAL_RANK is used.
 
 
 # The paper's settings; the embedded task's are the defaults above.
-TASKS = {
-    "toy": {},
-    "alpaca": dict(
-        dataset="hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json",
-        eval_dataset="",
-        ranked_dataset="",
-        encoder="google-bert/bert-base-uncased",
-        encoder_pooling="cls",
-        max_length=512,
-        global_batch_size=32,
-        learning_rate=1e-6,
-        weight_decay=0.0,
-        epochs=1,
-        micro_batch_size=4,
-        zero_stage=2,
-        dtype="bf16",
-        gradient_checkpointing=True,
-        random_low=0.0,
-        random_high=0.0,
-        fixed_bound=0.0,  # the paper has no such runs
-    ),
-}
+PAPER = dict(model=tyro.MISSING, ranked_dataset="", encoder="google-bert/bert-base-uncased", encoder_pooling="cls")
+PAPER |= dict(weight_decay=0.0, epochs=1, micro_batch_size=4, zero_stage=2, dtype="bf16", gradient_checkpointing=True)
+FARM = "hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json"
+ALPACA = dict(dataset=FARM, eval_dataset="", max_length=512, global_batch_size=32, learning_rate=1e-6)
+ALPACA |= dict(random_low=0.0, random_high=0.0, fixed_bound=0.0)  # the paper has no such runs
+TASKS = {"alpaca": PAPER | ALPACA}
 BETAS = {
     ("alpaca", "cos_sim"): dict(beta1=30.0, beta2=0.001, beta3=-25.0),  # Upstream: of the raw cosine; here angular
     ("alpaca", "len_rat"): dict(beta1=20.0, beta2=0.001, beta3=-15.0),
@@ -122,22 +105,23 @@ OUTPUTS = ("margins.png", "eval.jsonl", "generations.json")
 
 
 def preset(task: str, constraint: str) -> dict:
-    return TASKS[task] | BETAS.get((task, constraint), {})
+    return TASKS.get(task, {}) | BETAS.get((task, constraint), {})
 
 
 # ---------------------------------------------------------------- data
 
 
-def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> dict[str, torch.Tensor]:
-    """Inputs for B pairs (see common.collate_pairs), their N response tokens as labels (R, T), elsewhere -100, and
-    whose each is, parts (N,): 3 pair + part, with part 0 both, where the responses begin alike, 1 chosen, 2 rejected.
+def collate(batch: dict, pad_token_id: int, share_prefix: bool, dtype, device) -> dict[str, torch.Tensor]:
+    """Inputs for B pairs (see common.collate_pairs), their N response tokens as labels (R, T), elsewhere -100; of each
+    of these tokens its pair (N,) and branch (N,): 0 what both responses begin with, 1 chosen, 2 rejected.
     """
     inputs, labels, branch, positions = common.collate_pairs(batch, pad_token_id, share_prefix, dtype, device)
     each = len(labels) // len(batch["prefix"])  # rows of a pair
     starts = torch.tensor([len(ids) - 1 for ids in batch["prompt_ids"] for _ in range(each)], device=device)  # R
     labels[positions < starts[:, None]] = common.NO_LABEL
-    parts = 3 * (torch.arange(len(labels), device=device)[:, None] // each) + branch  # R T
-    return inputs | {"labels": labels, "parts": parts[labels != common.NO_LABEL], "pairs": len(batch["prefix"])}
+    pair = (torch.arange(len(labels), device=device) // each)[:, None].expand_as(labels)  # R T
+    kept = labels != common.NO_LABEL  # R T
+    return inputs | {"labels": labels, "pair": pair[kept], "branch": branch[kept], "pairs": len(batch["prefix"])}
 
 
 # ---------------------------------------------------------------- prior
@@ -146,73 +130,53 @@ def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype
 def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     """How alike the responses of each pair are, (n,) in (0, 1]: once, before training, cached on disk by content."""
     if args.constraint == "given":
-        return torch.tensor(pairs["similarity"][:])
+        return torch.tensor(common.column(pairs, "similarity")).float()
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
-        return length_ratio(*(torch.tensor(pairs[f"{side}_length"][:]) for side in ("chosen", "rejected")))
-    columns = (pairs[name][:] for name in ("prompt", "chosen", "rejected"))
-    texts = [[prompt + response for response in both] for prompt, *both in zip(*columns)]
-
-    def content() -> list:
-        return [common.model_version(args.encoder, "encoder"), args.encoder_pooling, texts]
+        return length_ratio(*(torch.tensor(common.column(pairs, f"{side}_length")) for side in ("chosen", "rejected")))
 
     def compute() -> torch.Tensor:
-        mine = [text for both in texts[process.rank :: process.world_size] for text in both]
+        mine = pairs[range(process.rank, len(pairs), process.world_size)]
+        texts = [p + text for p, *both in zip(mine["prompt"], mine["chosen"], mine["rejected"]) for text in both]
         progress = functools.partial(tqdm, desc="similarity", unit="batch", mininterval=2, disable=process.rank > 0)
-        embeddings = encode_texts(
-            mine,
-            args.encoder,
-            args.encoder_pooling,
-            device=process.device,
-            progress=progress,
-            trust_remote_code=args.trust_remote_code,
-        )
+        options = {"progress": progress, "trust_remote_code": args.trust_remote_code}
+        embeddings = encode_texts(texts, args.encoder, args.encoder_pooling, device=process.device, **options)
         return torch.tensor(common.interleaved(cosine_similarity(embeddings[0::2], embeddings[1::2]).tolist()))
 
-    with common.loading("encoder", args.encoder):
+    with common.naming(f"encoder {args.encoder}"):
+        content = [common.model_version(args.encoder), args.encoder_pooling, pairs._fingerprint]
         return common.cached("similarity", content, compute, process)
 
 
-def pair_bounds(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Tensor:
+def bounds_of(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Tensor:
     """The bound δ* of each pair, (n,); NaN where there is none. A random one is a function of (seed, epoch, row)."""
-    try:
-        if args.constraint == "random":
-            seed = int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0])
-            return random_bound(len(similarity), args.random_low, args.random_high, seed)
-        if args.constraint == "fixed":
-            return fixed_bound(len(similarity), args.fixed_bound)
-        if args.constraint in ("len_rat", "cos_sim", "given"):
-            bound = margin_bound(similarity, args.beta1, args.beta2, args.beta3)
-            order = np.random.default_rng(args.seed).permutation(len(bound))
-            return bound[order] if args.shuffle_bounds else bound
-    except ValueError as error:
-        raise common.InputError(f"--constraint {args.constraint}: {error}") from error
-    return torch.full_like(similarity, math.nan)
+    seed = int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0])
+    betas, low_high = (args.beta1, args.beta2, args.beta3), (args.random_low, args.random_high)
+    with common.naming(f"--constraint {args.constraint}"):
+        bound = pair_bounds(similarity, args.constraint, betas, args.fixed_bound, low_high, seed)
+        if args.shuffle_bounds and args.constraint in ("none", "random", "fixed"):
+            raise ValueError("--shuffle_bounds deals the bounds of a prior, which this has not")
+    return bound[np.random.default_rng(args.seed).permutation(len(bound))] if args.shuffle_bounds else bound
 
 
 # ---------------------------------------------------------------- loss and metrics
 
 
-def pair_logps(model, pairs: int, parts: torch.Tensor, **inputs) -> torch.Tensor:
+def pair_logps(model, pairs: int, pair: torch.Tensor, branch: torch.Tensor, **inputs) -> torch.Tensor:
     """log π of each pair's chosen and rejected response, summed over its tokens: (B, 2) fp32."""
     logps = common.token_logps(model, **inputs)  # N
-    both, chosen, rejected = logps.new_zeros(3 * pairs).index_add(0, parts, logps).view(pairs, 3).T  # each B
-    return torch.stack([both + chosen, both + rejected], 1)
+    sums = [logps.new_zeros(pairs).index_add(0, pair, logps * (branch != other)) for other in (2, 1)]  # each B
+    return torch.stack(sums, 1)
 
 
 def reference_logps(reference, pairs, args: Args, collator, process: common.Process) -> torch.Tensor:
     """log π_ref of the responses of all pairs, (2, n): once, before training, cached on disk by content."""
 
-    def content() -> list:
-        tokens = hashlib.sha256()
-        for start in range(0, len(pairs), 1000):
-            batch = pairs[start : start + 1000]
-            tokens.update(str([batch[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]).encode())
-        return [common.model_version(args.ref_model), args.dtype, process.device.type, tokens.hexdigest()]
-
     def compute() -> torch.Tensor:
         return common.over_rows(reference, lambda batch: pair_logps(reference, **collator(batch)), pairs, args, process)
 
-    return common.cached("reference", content, compute, process).T
+    content = [args.dtype, process.device.type, pairs._fingerprint]
+    version = common.on_rank_0(process, lambda: common.model_version(args.ref_model))
+    return common.cached("reference", [version, *content], compute, process).T
 
 
 def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, bound, rank_loss, constraint_loss, kl_beta) -> dict:
@@ -239,22 +203,15 @@ def evaluate(engine, pairs, similarity, ref_logps, ranked, args: Args, collator,
 
     chosen, rejected = common.over_rows(engine, logps, pairs, args, process).T  # n, n
     chosen_reward, rejected_reward = args.kl_beta * (chosen - ref_logps[0]), args.kl_beta * (rejected - ref_logps[1])
-    margin, bound = chosen_reward - rejected_reward, pair_bounds(similarity, args)  # n, n
+    margin, bound = chosen_reward - rejected_reward, bounds_of(similarity, args)  # n, n
     rank_loss = ranking_loss(margin, args.label_smoothing)
     constraint_loss = ranking_loss(bound - margin, args.label_smoothing) if args.constraint != "none" else 0 * margin
     metrics = pair_metrics(chosen, rejected, *ref_logps, bound, rank_loss, constraint_loss, args.kl_beta)
     rows, human, ranked_ref_logps = ranked
     own = (common.over_rows(engine, logps, rows, args, process).T - ranked_ref_logps)[0].tolist() if human else []
     metrics |= common.pair_correlations(margin, similarity, pairs) | common.rank_correlations(own, human)
-    columns = dict(
-        chosen_reward=chosen_reward,
-        rejected_reward=rejected_reward,
-        chosen_logps=chosen,
-        rejected_logps=rejected,
-        margin=margin,
-        similarity=similarity,
-        bound=bound,
-    )
+    columns = dict(chosen_reward=chosen_reward, rejected_reward=rejected_reward, margin=margin, similarity=similarity)
+    columns |= dict(chosen_logps=chosen, rejected_logps=rejected, bound=bound)
     lines = [dict(zip(columns, values)) for values in zip(*(column.tolist() for column in columns.values()))]
     return metrics, lines
 
@@ -263,7 +220,6 @@ def evaluate(engine, pairs, similarity, ref_logps, ranked, args: Args, collator,
 
 
 def main(args: Args) -> None:
-    common.check_flags(args, OUTPUTS)
     process = common.start(args.seed)
     accumulation = common.accumulation_steps(args, process)
     config = common.engine_config(args, accumulation)
@@ -275,57 +231,52 @@ def main(args: Args) -> None:
         process.print("warning: the policy is its own reference, so every margin is 0: pass --ref_model")
     if args.constraint == "cos_sim":
         args.encoder, args.encoder_pooling = common.encoder_of_training(args)
+    output_dir = common.open_output(args, process, OUTPUTS)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     common.check_tokenizer("--ref_model", args.ref_model, tokenizer, "--model", args.trust_remote_code)
 
-    given = args.constraint == "given"
-    encode = functools.partial(
-        common.encode_pair, tokenizer=tokenizer, max_length=args.max_length, given=given, needs_prompt=True
-    )
+    settings = {"max_length": args.max_length, "given": args.constraint == "given", "needs_prompt": True}
+    encode = functools.partial(common.encode_pair, tokenizer=tokenizer, **settings)
     train_pairs, eval_pairs = common.load_data(args, encode, process)
-    ranked = common.load_ranked(args, encode, process)
+    ranked_pairs, human = common.load_ranked(args, encode)
     train_similarity = similarities(train_pairs, args, process) if len(train_pairs) else torch.empty(0)
     eval_similarity = similarities(eval_pairs, args, process)
     for similarity in (train_similarity, eval_similarity):
-        pair_bounds(similarity, args)  # a bound that is not positive is found before anything is written
+        bounds_of(similarity, args)  # a bound that is not positive is found before the model is loaded
     total_steps = common.total_steps(args, len(train_pairs))
 
     model = common.load_language_model("--model", args.model, args, tokenizer, config)
     engine = common.make_engine(model, args, config, total_steps, process)
-    collator = functools.partial(
-        collate,
-        pad_token_id=tokenizer.pad_token_id,
-        share_prefix=common.check_model(engine, model, args, process),
-        dtype=model.dtype,
-        device=process.device,
-    )
+    share_prefix = common.check_model(engine, model, args, process)
+    options = {"share_prefix": share_prefix, "dtype": model.dtype, "device": process.device}
+    collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, **options)
     reference = engine  # before the first step the policy is its own reference
     if args.live_reference or args.ref_model != args.model:
         reference = common.load_language_model("--ref_model", args.ref_model, args, tokenizer, config)
         reference = common.make_engine(reference, args, config, 0, process)
-    known = [rows for rows in (eval_pairs, ranked[0], [] if args.live_reference else train_pairs) if rows]
-    known = [reference_logps(reference, rows, args, collator, process) for rows in known]  # each 2 n
-    eval_ref, ranked = known.pop(0), (*ranked, known.pop(0) if ranked[0] else None)
-    ref_logps = known[0].to(process.device) if known else None  # 2 n
+
+    def reference_of(rows) -> torch.Tensor | None:
+        return reference_logps(reference, rows, args, collator, process) if rows else None  # 2 n
+
+    eval_ref, ranked = reference_of(eval_pairs), (ranked_pairs, human, reference_of(ranked_pairs))
+    train_ref = None if args.live_reference or not len(train_pairs) else reference_of(train_pairs).to(process.device)
     if not args.live_reference:
         del reference  # its memory is free now
-    output_dir = common.open_output(args, process, OUTPUTS)
     shown = ("loss", "accuracy", "margin_mean", "margin_max", "kl")
     metrics = common.Metrics(output_dir, process, args, total_steps, shown)
     checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_pairs, eval_pairs), engine=engine)
     process.print(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> list[dict]:
-        with metrics.paused():
-            values, lines = evaluate(engine, eval_pairs, eval_similarity, eval_ref, ranked, args, collator, process)
+        values, lines = evaluate(engine, eval_pairs, eval_similarity, eval_ref, ranked, args, collator, process)
         metrics.write(step, "eval", values)
         return lines
 
     lines = [] if checkpoints.step else evaluate_now(0)
-    lengths = np.array(train_pairs["row_length"][:])
-    tokens = lengths + np.array(train_pairs["prefix"][:])  # the prompt counted once for each response
+    lengths = common.column(train_pairs, "row_length")
+    tokens = lengths + common.column(train_pairs, "prefix")  # the prompt counted once for each response
     for epoch in range(args.epochs):
-        bounds = pair_bounds(train_similarity, args, epoch).to(process.device)  # n
+        bounds = bounds_of(train_similarity, args, epoch).to(process.device)  # n
         batches = common.global_batches(lengths, args.global_batch_size, args.seed, epoch)
         for step, batch in checkpoints.rest_of(epoch, batches):
             losses, records = [], []
@@ -333,9 +284,8 @@ def main(args: Args) -> None:
                 inputs = collator(train_pairs[rows])
                 chosen, rejected = pair_logps(engine, **inputs).T  # B, B    log π
                 with torch.no_grad():
-                    ref_chosen, ref_rejected = (
-                        pair_logps(reference, **inputs).T if args.live_reference else ref_logps[:, rows]
-                    )  # B, B    log π_ref
+                    known = pair_logps(reference, **inputs).T if args.live_reference else train_ref[:, rows]
+                ref_chosen, ref_rejected = known  # B, B    log π_ref
                 margin = args.kl_beta * ((chosen - ref_chosen) - (rejected - ref_rejected))  # B    z
                 bound = bounds[rows]  # B    δ*
                 rank_loss = ranking_loss(margin, args.label_smoothing)  # B    -log σ(z)
@@ -361,7 +311,6 @@ def main(args: Args) -> None:
     if total_steps:
         common.save_model(engine, model, tokenizer, output_dir / "model", process)
         lines = evaluate_now(total_steps)
-        common.write_card(output_dir, args, "AutoModelForCausalLM", process)
     metrics.close()
     if process.rank == 0:
         common.plot_margins(lines, args, output_dir / "margins.png")

@@ -34,6 +34,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import tyro
 
 
 @dataclass
@@ -44,8 +45,10 @@ class Args:
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
-    policy_model: str = ""  # Folder or Hub id of the SFT model: where the policy starts, and the frozen reference.
-    reward_model: str = ""  # Folder or Hub id, with the same tokenizer: frozen, and where the critic starts.
+    policy_model: str = (
+        tyro.MISSING
+    )  # Folder or Hub id of the SFT model: where the policy starts, and the frozen reference.
+    reward_model: str = tyro.MISSING  # Folder or Hub id, with the same tokenizer: frozen, and where the critic starts.
     judge_model: str = ""  # A second reward model for evaluation: its score, and the win rate against the SFT answers.
     dataset: str = str(common.DATA / "prompts_train.jsonl")
     """Prompts to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
@@ -56,7 +59,7 @@ class Args:
 
     kl_coef: float = 0.1  # Reward taken for each nat of log π - log π_ref.
     max_kl: float = 100.0  # KL from the reference, in nats per response, above which the run stops; 0: no limit.
-    score_clip: float = 5.0  # Scores are clipped to ± this before they become rewards.
+    score_clip: float = 5.0  # Scores are clipped to ± this before they become rewards; 0: no limit.
     missing_eos_penalty: float = 0.0  # Taken from the score of a response that does not end within --max_new_tokens.
     gamma: float = 1.0  # Discount γ per token.
     gae_lambda: float = 0.95  # λ of GAE: 1 trusts the rewards alone, 0 the critic.
@@ -74,68 +77,42 @@ class Args:
     weight_decay: float = 0.0  # AdamW's, on everything but biases and norm weights.
     epochs: int = 16  # Passes over the prompts; 0: evaluate only.
     max_steps: int = 0  # Steps (rollouts) at most; 0: no limit.
-    micro_batch_size: int = 48  # Rows per rank and forward pass, at most: cut down to a rank's share of a minibatch.
-    global_batch_size: int = 48  # Prompts per step, over all ranks and micro batches.
+    micro_batch_size: int = 48  # Rows per rank and forward pass, at most.
+    global_batch_size: int = 48  # Prompts per step, over all ranks.
     policy_zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards of the policy: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
     critic_zero_stage: Literal[0, 1, 2, 3] = 0  # The same of critic, reward and judge model.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
-    gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Of the model; 16 bits keep fp32 master weights.
+    gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the prompts and the sampled responses.
-    log_every: int = 5  # Steps between lines of metrics; the first step always has one.
-    eval_every: int = 0  # Steps between evaluations; 0: only before and after training.
-    save_every: int = 0  # Steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends training.
-    keep: int = 2  # The newest checkpoints that stay, at least one.
+    log_every: int = 5  # Steps between lines of metrics.
+    eval_every: int = 0  # Steps between evaluations; 0: before and after training.
+    save_every: int = 0  # Steps between checkpoints; 0: only when a signal ends training.
+    keep: int = 2  # Checkpoints that stay, the newest.
     resume: bool = False  # Go on from the newest checkpoint in --output_dir; begin where there is none.
     trust_remote_code: bool = False  # Run Python code that comes with a model.
-    local_rank: int = -1  # Given by the launcher, which also sets the LOCAL_RANK that is used.
+    local_rank: int = -1  # Given by the launcher; LOCAL_RANK is used.
 
 
 # The paper's settings; the embedded task's are the defaults above.
-PAPER = dict(
-    policy_learning_rate=1e-5,
-    critic_learning_rate=5e-6,
-    weight_decay=0.1,
-    epochs=1,
-    warmup_steps=100,
-    generate=256,
-    micro_batch_size=4,
-    global_batch_size=128,
-    policy_zero_stage=2,
-    critic_zero_stage=3,
-    dtype="bf16",
-    gradient_checkpointing=True,
-    log_every=1,
-)
-ALPACA = "hf://datasets/tatsu-lab/alpaca_farm@refs/convert/parquet/alpaca_instructions"
-TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
-TASKS = {
-    "toy": {},
-    "alpaca": PAPER
-    | dict(  # 50 steps of 100 of warm-up: the run ends while the learning rate still rises
-        dataset=f"{ALPACA}/unlabeled/*.parquet",
-        eval_dataset=f"{ALPACA}/val/*.parquet",
-        max_prompt_length=256,
-        max_new_tokens=384,
-        max_steps=50,
-    ),
-    "tldr": PAPER
-    | dict(
-        # Upstream: the cosine spans the epoch, so that at step 250 the learning rate is still near its peak
-        dataset=f"{TLDR}:train",
-        eval_dataset=f"{TLDR}:validation",
-        max_prompt_length=768,
-        max_new_tokens=256,
-        max_steps=250,
-    ),
-}
+PAPER = dict(policy_learning_rate=1e-5, critic_learning_rate=5e-6, weight_decay=0.1, epochs=1, warmup_steps=100)
+PAPER |= dict(micro_batch_size=4, global_batch_size=128, policy_zero_stage=2, critic_zero_stage=3, dtype="bf16")
+PAPER |= dict(gradient_checkpointing=True, generate=256, log_every=1)
+FARM = "hf://datasets/tatsu-lab/alpaca_farm@refs/convert/parquet/alpaca_instructions"
+ALPACA = dict(dataset=f"{FARM}/unlabeled/*.parquet", eval_dataset=f"{FARM}/val/*.parquet")
+ALPACA |= dict(max_prompt_length=256, max_new_tokens=384)
+ALPACA |= dict(max_steps=50)  # of 100 of warm-up: the run ends while the learning rate still rises
+REDDIT = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
+TLDR = dict(dataset=f"{REDDIT}:train", eval_dataset=f"{REDDIT}:validation", max_prompt_length=768, max_new_tokens=256)
+TLDR |= dict(max_steps=250)  # Upstream: the cosine spans the epoch, here the learning rate is still near its peak
+TASKS = {"alpaca": PAPER | ALPACA, "tldr": PAPER | TLDR}
 OUTPUTS = ("ppo.png", "generations.json")
 
 
 def preset(task: str, constraint: str) -> dict:
-    return TASKS[task]
+    return TASKS.get(task, {})
 
 
 # ---------------------------------------------------------------- rewards, advantages, losses
@@ -204,7 +181,7 @@ class Rollout:
     prompts: list[list[int]]
     responses: list[list[int]]  # EOS included where the response ended
     is_response: torch.Tensor  # P L
-    ended: torch.Tensor  # P, whether with EOS
+    ended: torch.Tensor  # P, whether with EOS or another token that ends an answer
     logps: torch.Tensor = None
     ref_logps: torch.Tensor = None
     values: torch.Tensor = None
@@ -212,15 +189,13 @@ class Rollout:
 
 
 def encode_prompt(row: dict, tokenizer, max_prompt_length: int) -> dict:
-    """The columns of a prompt: its text and its tokens. Of several formats it has the one that sft.py would read."""
-    row = common.check_columns(row, "messages", "instruction[/input]/output", "prompt", "instruction[/input]", "post")
-    (prompt,) = common.check_texts(common.prompt_of(row, tokenizer))
-    (prompt_ids,) = common.tokenize(tokenizer, prompt)
-    if not prompt_ids:
+    """The columns of a prompt: its text and its tokens, those that the other scripts would read."""
+    columns = common.read_example(row, tokenizer, "prompt")
+    if not columns["prompt_ids"]:
         raise common.Unusable("prompt without a token")
-    if len(prompt_ids) > max_prompt_length:
+    if len(columns["prompt_ids"]) > max_prompt_length:
         raise common.Unusable(f"longer than --max_prompt_length {max_prompt_length}")  # Upstream: truncated
-    return dict(prompt=prompt, prompt_ids=prompt_ids)
+    return {name: columns[name] for name in ("prompt", "prompt_ids", "instruction")}
 
 
 def collate(rollout: Rollout, rows, pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -254,13 +229,14 @@ def critic_values(critic, input_ids: torch.Tensor, labels: torch.Tensor) -> torc
 def sample(engine, model, tokenizer, prompts: list[list[int]], seeds: list, args: Args, process) -> Rollout:
     """A response to each of this rank's prompts, drawn from the policy's own distribution."""
     rooms, size = [args.max_new_tokens] * len(prompts), 4 * args.micro_batch_size  # generation keeps no activations
-    responses = common.sample(engine, model, tokenizer, prompts, rooms, seeds, size, process, args.temperature)
+    responses = common.sample(engine, model, tokenizer, prompts, rooms, seeds, size, args.temperature)
     lengths = torch.tensor([len(response) for response in responses], device=process.device)
+    ends = model.generation_config.eos_token_id
     return Rollout(
         prompts,
         responses,
         is_response=torch.arange(int(lengths.max()), device=process.device) < lengths[:, None],
-        ended=torch.tensor([response[-1] == tokenizer.eos_token_id for response in responses], device=process.device),
+        ended=torch.tensor([response[-1] in ends for response in responses], device=process.device),
     )
 
 
@@ -304,10 +280,11 @@ def evaluate(
     scores = score(scorer, rollout, args, collator, process)  # P
     judged = score(judge, rollout, args, collator, process) if judge else scores  # P
     numbers = dict(response_tokens=rollout.is_response.sum(1), ended=rollout.ended, score=scores, judge=judged, kl=kl)
-    texts = zip(prompts["prompt"][mine], tokenizer.batch_decode(rollout.responses, skip_special_tokens=True))
-    values = zip(*(column.tolist() for column in numbers.values()))
-    lines = [dict(prompt=p, answer=a, **dict(zip(numbers, own))) for (p, a), own in zip(texts, values)]
-    return common.interleaved(lines)[: len(prompts)]
+    columns = {name: column.tolist() for name, column in numbers.items()} | {
+        "instruction": prompts["instruction"][mine],
+        "answer": tokenizer.batch_decode(rollout.responses, skip_special_tokens=True),
+    }
+    return common.interleaved([dict(zip(columns, line)) for line in zip(*columns.values())])[: len(prompts)]
 
 
 def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str, float | None]:
@@ -315,7 +292,8 @@ def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str
     numbers = ("score", "kl", "response_tokens", "ended", "judge")
     mean = {name: float(np.mean([line[name] for line in lines])) for name in numbers}
     scores, before = (np.array([line["score"] for line in some]) for some in (lines, first))
-    wins = [(line["judge"] > old["judge"]) + 0.5 * (line["judge"] == old["judge"]) for line, old in zip(lines, first)]
+    margins = [(line["answer"] != old["answer"]) * (line["judge"] - old["judge"]) for line, old in zip(lines, first)]
+    wins = (np.sign(margins) + 1) / 2  # equal answers tie, also where another batch has rounded otherwise
     return {
         "score_mean": mean["score"],
         "score_std": float(scores.std()),
@@ -351,19 +329,13 @@ def plot_steps(path: Path, output: Path) -> None:
 
 
 def main(args: Args) -> None:
-    common.check_flags(args, OUTPUTS)
-    if not args.policy_model or not args.reward_model:
-        raise common.InputError(
-            "--policy_model and --reward_model are needed. `deepspeed sft.py --output_dir runs/sft` makes "
-            "runs/sft/model; `deepspeed reward.py --model runs/sft/model --output_dir runs/reward` makes "
-            "runs/reward/model"
-        )
     process = common.start(args.seed)
     policy_args, critic_args = engine_args(args, "policy"), engine_args(args, "critic")
     accumulation = common.accumulation_steps(policy_args, process)
     args.micro_batch_size = critic_args.micro_batch_size = policy_args.micro_batch_size
     policy_config = common.engine_config(policy_args, accumulation)
     critic_config = common.engine_config(critic_args, accumulation)
+    output_dir = common.open_output(args, process, OUTPUTS)
 
     tokenizer = common.load_tokenizer(args.policy_model, args.trust_remote_code)
     for flag, path in (("--reward_model", args.reward_model), ("--judge_model", args.judge_model)):
@@ -392,9 +364,7 @@ def main(args: Args) -> None:
     scorer = reward_model("--reward_model", args.reward_model, 0)
     judge = reward_model("--judge_model", args.judge_model, 0) if args.judge_model else None
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
-    never = common.unnamed_tokens(model, tokenizer, process)
-    log_policy = functools.partial(common.token_logps, temperature=args.temperature, never=never)  # what is sampled
-    output_dir = common.open_output(args, process, OUTPUTS)
+    log_policy = functools.partial(common.token_logps, temperature=args.temperature)  # what is sampled
     metrics = common.Metrics(output_dir, process, args, total_steps, shown=("score_mean", "kl"))
     rows = (train_prompts, eval_prompts)
     checkpoints = common.Checkpoints(output_dir, metrics, args, process, rows, policy=policy, critic=critic)
@@ -403,9 +373,8 @@ def main(args: Args) -> None:
     def evaluate_now(step: int, first: list[dict] | None) -> list[dict]:
         if not len(eval_prompts):
             return []
-        with metrics.paused():
-            models = (policy, model, reference, scorer, judge)
-            lines = evaluate(*models, eval_prompts, log_policy, args, tokenizer, collator, process)
+        models = (policy, model, reference, scorer, judge)
+        lines = evaluate(*models, eval_prompts, log_policy, args, tokenizer, collator, process)
         metrics.write(step, "eval", eval_metrics(lines, first or lines, judge is not None))
         return lines
 
@@ -437,8 +406,11 @@ def main(args: Args) -> None:
 
             # 3 per-token reward: KL at each token, the score on the last one
             penalty = torch.where(rollout.ended, 0.0, args.missing_eos_penalty)  # P
-            clipped = rollout.scores.clamp(-args.score_clip, args.score_clip) - penalty  # P
-            rewards = token_rewards(rollout.logps, rollout.ref_logps, clipped, is_response, args.kl_coef)  # P L
+            limit = args.score_clip or math.inf
+            clipped = rollout.scores.clamp(-limit, limit)  # P
+            rewards = token_rewards(
+                rollout.logps, rollout.ref_logps, clipped - penalty, is_response, args.kl_coef
+            )  # P L
 
             # 4 GAE, then whitening over the response tokens of all ranks
             advantages, returns = advantages_and_returns(
@@ -448,7 +420,7 @@ def main(args: Args) -> None:
             advantages = (advantages - mean) / (variance + 1e-8).sqrt()
 
             # 5 learn: several minibatches x epochs of both clipped losses
-            sums, norms, rate = torch.zeros(6, device=process.device), [], policy.get_lr()[0]
+            sums, tokens, norms, rate = torch.zeros(5, device=process.device), 0, [], policy.get_lr()[0]
             for ppo_epoch in range(args.ppo_epochs):
                 shuffled = np.random.default_rng([args.seed, step, ppo_epoch]).permutation(len(mine))
                 for rows in shuffled.reshape(args.minibatches, -1):
@@ -456,12 +428,11 @@ def main(args: Args) -> None:
                     count = is_response[rows].sum().float()
                     dist.all_reduce(count)
                     weight = process.world_size * accumulation / count
-                    losses = []
+                    tokens, losses = tokens + count, []
                     for i, (part, inputs) in enumerate(micro_batches(rollout, rows, args, collator, process)):
-                        old_logps, advantage, old_values, target = (
-                            tensor[part][is_response[part]]
-                            for tensor in (rollout.logps, advantages, rollout.values, returns)
-                        )  # each N
+                        here = is_response[part]  # R L
+                        old_logps, old_values = rollout.logps[part][here], rollout.values[part][here]  # N, N
+                        advantage, target = advantages[part][here], returns[part][here]  # N, N
                         logps = log_policy(policy, **inputs)  # N
                         policy_loss, ratio, policy_clipped = policy_losses(logps, old_logps, advantage, args.cliprange)
                         policy.backward(policy_loss.sum() * weight)  # frees its activations before the critic's
@@ -469,8 +440,9 @@ def main(args: Args) -> None:
                         value_loss, value_clipped = value_losses(values, old_values, target, args.cliprange_value)
                         critic.backward(value_loss.sum() * weight)
                         losses.append(torch.stack([policy_loss.detach().sum(), value_loss.detach().sum()]))
-                        each = [policy_loss, value_loss, policy_clipped, value_clipped, ratio, torch.ones_like(ratio)]
-                        sums += torch.stack([x.detach().float().sum() for x in each])
+                        seen = {"policy_loss": policy_loss, "value_loss": value_loss, "ratio_mean": ratio}
+                        seen |= {"policy_clipfrac": policy_clipped, "value_clipfrac": value_clipped}
+                        sums += torch.stack([per_token.detach().float().sum() for per_token in seen.values()])
                         if i < accumulation - 1:
                             policy.step()  # counts the micro batch
                             critic.step()
@@ -479,7 +451,6 @@ def main(args: Args) -> None:
 
             # 6 log
             dist.all_reduce(sums)
-            means = (sums[:5] / sums[5]).tolist()
             kl = torch.where(is_response, rollout.logps - rollout.ref_logps, 0.0).sum(1)  # P
             scores, kl, response_tokens, ended = common.gather(
                 torch.stack([rollout.scores, kl, is_response.sum(1).float(), rollout.ended.float()])
@@ -487,8 +458,8 @@ def main(args: Args) -> None:
             if state["first_score"] is None:
                 state["first_score"] = scores.mean().item()
             residual, spread = moments(returns - rollout.values, is_response)[1], moments(returns, is_response)[1]
-            seconds = np.diff(clock).tolist()
-            policy_norm, critic_norm = np.mean(norms, axis=0).tolist()
+            seconds = zip(("seconds_sample", "seconds_score", "seconds_learn"), np.diff(clock))
+            policy_norm, critic_norm = np.mean(norms, axis=0)
             values = {
                 "lr": rate,
                 "policy_grad_norm": policy_norm,
@@ -497,20 +468,15 @@ def main(args: Args) -> None:
                 "score_std": scores.std(correction=0),
                 "score_max": scores.max(),
                 "score_growth": scores.mean() - state["first_score"],
+                "score_clipfrac": (scores.abs() > limit).float().mean(),
                 "kl": kl.mean(),
                 "entropy": -moments(rollout.logps, is_response)[0],
                 "response_tokens": response_tokens.mean(),
                 "ended_by_eos": ended.mean(),
-                "policy_loss": means[0],
-                "value_loss": means[1],
-                "policy_clipfrac": means[2],
-                "value_clipfrac": means[3],
-                "ratio_mean": means[4],
                 "explained_variance": 1 - residual / spread,
                 "returns_mean": moments(returns, is_response)[0],
-                "seconds_sample": seconds[0],
-                "seconds_score": seconds[1],
-                "seconds_learn": seconds[2],
+                **dict(zip(seen, sums / tokens)),
+                **dict(seconds),
             }
             state["below_zero"] = state["below_zero"] + 1 if kl.mean() < -1e-3 else 0
             if state["below_zero"] == 5:
@@ -527,18 +493,17 @@ def main(args: Args) -> None:
                 process.print(f"stopped at step {step}: the KL is above --max_kl {args.max_kl:g}")
             elif args.eval_every and step % args.eval_every == 0 and step < total_steps:
                 evaluate_now(step, state["first_lines"])
-            checkpoints.step_done(step, last=state["too_far"], **state)
+            checkpoints.step_done(step, **state)
             if state["too_far"]:
                 break
 
     if step:
         common.save_model(policy, model, tokenizer, output_dir / "model", process)
         lines = evaluate_now(step, state["first_lines"])
-        common.write_card(output_dir, args, "AutoModelForCausalLM", process)
     metrics.close()
     if process.rank == 0:
         plot_steps(output_dir / "metrics.jsonl", output_dir / "ppo.png")
-    common.write_generations([(line["prompt"], line["answer"]) for line in lines], args, process)  # last: finished
+    common.write_generations([(line["instruction"], line["answer"]) for line in lines], args, process)  # last: finished
     process.print(f"finished: look at {output_dir}/ppo.png and {output_dir}/generations.json")
 
 

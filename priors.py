@@ -104,6 +104,33 @@ def random_bound(count: int, low: float, high: float, seed: int) -> torch.Tensor
     return low + (high - low) * torch.rand(count, generator=generator)  # B
 
 
+def pair_bounds(
+    similarity: torch.Tensor,
+    constraint: str,
+    betas: tuple[float, float, float] = (20.0, 1e-3, -15.0),
+    fixed: float = 4.5,
+    low_high: tuple[float, float] = (4.0, 5.0),
+    seed: int = 0,
+) -> torch.Tensor:
+    """The bound δ* of each pair under a constraint, (n,); NaN where there is none.
+
+    Args:
+        similarity: (n,), of all pairs.
+        constraint: "none"; "len_rat", "cos_sim" or "given", whose similarity makes the bound; "fixed"; "random".
+        betas: β1, β2, β3 of `margin_bound`.
+        fixed, low_high, seed: of the controls, see `fixed_bound` and `random_bound`.
+    """
+    if constraint in ("len_rat", "cos_sim", "given"):
+        return margin_bound(similarity, *betas)
+    if constraint == "random":
+        return random_bound(len(similarity), *low_high, seed)
+    if constraint == "fixed":
+        return fixed_bound(len(similarity), fixed)
+    if constraint != "none":
+        raise ValueError(f"no constraint has the name {constraint!r}")
+    return torch.full((len(similarity),), math.nan)
+
+
 def ranking_loss(margin: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """-log σ(m), the ranking loss. With ε = label_smoothing, the share of labels taken to be wrong, in [0, 0.5]:
     -(1-ε) log σ(m) - ε log σ(-m). For each element, in margin's shape and finite for every finite margin.

@@ -21,15 +21,16 @@ a data set.
 import common  # first: it sets what torch reads when it is loaded
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import tyro
 from tqdm import tqdm
 
-from priors import cosine_similarity, encode_texts, fixed_bound, length_ratio, margin_bound, random_bound, ranking_loss
+from priors import cosine_similarity, encode_texts, length_ratio, pair_bounds, ranking_loss
 
 
 @dataclass
@@ -71,61 +72,34 @@ class Args:
     weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
     epochs: int = 5  # Passes over the data; 0: evaluate only.
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
-    micro_batch_size: int = 32  # Pairs per rank and forward pass, at most; cut to a rank's share of the global batch.
-    global_batch_size: int = 32  # Pairs per optimizer step, over all ranks and accumulated micro batches.
+    micro_batch_size: int = 32  # Pairs per rank and forward pass, at most.
+    global_batch_size: int = 32  # Pairs per optimizer step, over all ranks.
     zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
-    gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Of the model; 16 bits keep fp32 master weights.
+    gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the pairs, random bounds and the new score head.
-    log_every: int = 10  # Optimizer steps between lines of metrics; the first step always has one.
-    eval_every: int = 0  # Optimizer steps between evaluations; 0: only before and after training.
-    save_every: int = 0  # Optimizer steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends training.
-    keep: int = 2  # The newest checkpoints that stay, at least one.
+    log_every: int = 10  # Optimizer steps between lines of metrics.
+    eval_every: int = 0  # Optimizer steps between evaluations; 0: before and after training.
+    save_every: int = 0  # Optimizer steps between checkpoints; 0: only when a signal ends training.
+    keep: int = 2  # Checkpoints that stay, the newest.
     resume: bool = False  # Go on from the newest checkpoint in --output_dir; begin where there is none.
     trust_remote_code: bool = False  # Run Python code that comes with a model.
-    local_rank: int = -1  # Given by the launcher, which also sets the LOCAL_RANK that is used.
+    local_rank: int = -1  # Given by the launcher; LOCAL_RANK is used.
 
 
 # The paper's settings; the embedded task's are the defaults above.
-PAPER = dict(
-    ranked_dataset="",
-    encoder="google-bert/bert-base-uncased",
-    encoder_pooling="cls",
-    weight_decay=0.1,
-    epochs=1,
-    micro_batch_size=4,
-    zero_stage=2,
-    dtype="bf16",
-    gradient_checkpointing=True,
-)
-TLDR = "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet/comparisons"
-TASKS = {
-    "toy": {},
-    "alpaca": PAPER
-    | dict(
-        dataset="hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json",
-        eval_dataset="",
-        max_length=512,
-        global_batch_size=16,
-        learning_rate=3e-6,
-        random_low=4.0,
-        random_high=5.0,
-        fixed_bound=4.5,
-    ),
-    "tldr": PAPER
-    | dict(  # Upstream: evaluated on valid1
-        dataset=f"{TLDR}/train/*.parquet:train",
-        eval_dataset=f"{TLDR}/validation/*.parquet:valid2",
-        max_length=1024,
-        global_batch_size=64,
-        learning_rate=1e-6,
-        random_low=5.0,
-        random_high=6.0,
-        fixed_bound=5.0,
-    ),
-}
+PAPER = dict(model=tyro.MISSING, ranked_dataset="", encoder="google-bert/bert-base-uncased", encoder_pooling="cls")
+PAPER |= dict(weight_decay=0.1, epochs=1, micro_batch_size=4, zero_stage=2, dtype="bf16", gradient_checkpointing=True)
+FARM = "hf://datasets/tatsu-lab/alpaca_farm/alpaca_human_preference.json"
+ALPACA = dict(dataset=FARM, eval_dataset="", max_length=512, global_batch_size=16, learning_rate=3e-6)
+ALPACA |= dict(random_low=4.0, random_high=5.0, fixed_bound=4.5)
+REDDIT = "hf://datasets/openai/summarize_from_feedback@refs/convert/parquet/comparisons"
+TLDR = dict(dataset=f"{REDDIT}/train/*.parquet:train", max_length=1024, global_batch_size=64, learning_rate=1e-6)
+TLDR |= dict(eval_dataset=f"{REDDIT}/validation/*.parquet:valid2")  # Upstream: evaluated on valid1
+TLDR |= dict(random_low=5.0, random_high=6.0, fixed_bound=5.0)
+TASKS = {"alpaca": PAPER | ALPACA, "tldr": PAPER | TLDR}
 BETAS = {
     ("alpaca", "cos_sim"): dict(beta1=20.0, beta2=0.001, beta3=-15.0),
     ("alpaca", "len_rat"): dict(beta1=20.0, beta2=0.001, beta3=-15.0),  # the paper swept β3 = -13, -17, -19
@@ -136,44 +110,32 @@ OUTPUTS = ("margins.png", "eval.jsonl")
 
 
 def preset(task: str, constraint: str) -> dict:
-    return TASKS[task] | BETAS.get((task, constraint), {})
+    return TASKS.get(task, {}) | BETAS.get((task, constraint), {})
 
 
 # ---------------------------------------------------------------- data
 
 
-def collate(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> dict[str, torch.Tensor]:
-    """Inputs for B pairs (see common.collate_pairs). The head sees the last token, EOS, of chosen and of rejected."""
+def collate(batch: dict, pad_token_id: int, share_prefix: bool, dtype, device, loss_on: str = "last") -> tuple:
+    """Inputs for B pairs (see common.collate_pairs), and each position's share in its pair's loss, (B, K).
+
+    Of chosen and of rejected the head sees K positions: the last token, EOS (K = 1). With loss_on "token" all from the
+    first that differs to the end of the longer response; the shorter one goes on with the scores at its padding, which
+    no token sees.
+    """
+    share_prefix = share_prefix and loss_on == "last"
     inputs, labels, branch, _ = common.collate_pairs(batch, pad_token_id, share_prefix, dtype, device)
-    return inputs | {"logits_to_keep": (labels == common.NO_LABEL) & (branch >= 0)}  # R T, 2 B of them True
-
-
-def collate_tokens(batch: dict[str, list], pad_token_id: int, device) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """For --loss_on token: inputs for 2 B padded rows, of which no token sees padding; where the loss is (B, T), from
-    the first token that differs to the end of the longer response; and the last token of each row (2 B,)."""
-    inputs, _, branch, _ = common.collate_pairs(batch, pad_token_id, False, None, device)
-    is_text, at = branch >= 0, torch.arange(branch.shape[1], device=device)  # 2B T, T
-    where = (at >= torch.tensor(batch["prefix"], device=device)[:, None]) & (is_text[0::2] | is_text[1::2])  # B T
-    inputs |= {"attention_mask": is_text.long(), "logits_to_keep": where.repeat_interleave(2, 0)}
-    return inputs, where, is_text.sum(1) - 1
-
-
-def token_margins(scores: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the scores of B pairs, chosen and rejected in turn (2 B, T): r_w[t] - r_l[t], and the share that position t
-    has in its pair's mean, both (B, T). The shorter response goes on with the scores at its padding."""
-    return scores[0::2] - scores[1::2], where / where.sum(1, keepdim=True)
-
-
-def training_scores(engine, batch: dict[str, list], args: Args, collator) -> tuple[torch.Tensor, ...]:
-    """r(x, chosen) and r(x, rejected), (B,); m at each position that the loss is on, and its share, (B, K)."""
-    if args.loss_on == "last":
-        chosen, rejected = engine(**collator(batch)).logits.view(-1, 2).T  # B, B
-        return chosen, rejected, (chosen - rejected)[:, None], torch.ones_like(chosen)[:, None]
-    inputs, where, last = collate_tokens(batch, collator.keywords["pad_token_id"], collator.keywords["device"])
-    kept = engine(**inputs).logits  # N
-    scores = kept.new_zeros(inputs["input_ids"].shape).masked_scatter(inputs["logits_to_keep"], kept)  # 2B T
-    chosen, rejected = scores.gather(1, last[:, None]).view(-1, 2).T  # B, B
-    return chosen, rejected, *token_margins(scores, where)
+    if loss_on == "last":
+        inputs["logits_to_keep"] = (labels == common.NO_LABEL) & (branch >= 0)  # R T, 2 B of them True
+        return inputs, torch.ones(len(batch["prefix"]), 1, device=device)
+    lengths = torch.tensor([batch["chosen_length"], batch["rejected_length"]], device=device).amax(0)  # B
+    prefix, count = torch.tensor(batch["prefix"], device=device), int(lengths.max())
+    room = max(0, int(prefix.max()) + count - branch.shape[1])  # each row has K positions behind its prefix
+    ids, branch = F.pad(inputs["input_ids"], (0, room), value=pad_token_id), F.pad(branch, (0, room), value=-1)  # 2B T
+    behind = torch.arange(ids.shape[1], device=device) - prefix.repeat_interleave(2)[:, None]  # 2B T
+    keep, share = (behind >= 0) & (behind < count), torch.arange(count, device=device) < lengths[:, None]  # 2B T, B K
+    inputs = {"input_ids": ids, "attention_mask": (branch >= 0).long(), "logits_to_keep": keep}
+    return inputs, share / lengths[:, None]
 
 
 # ---------------------------------------------------------------- prior
@@ -182,54 +144,42 @@ def training_scores(engine, batch: dict[str, list], args: Args, collator) -> tup
 def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     """How alike the responses of each pair are, (n,) in (0, 1]: once, before training, cached on disk by content."""
     if args.constraint == "given":
-        return torch.tensor(pairs["similarity"][:])
+        return torch.tensor(common.column(pairs, "similarity")).float()
     if args.constraint != "cos_sim":  # for none and the controls a diagnostic
-        return length_ratio(*(torch.tensor(pairs[f"{side}_length"][:]) for side in ("chosen", "rejected")))
-    columns = (pairs[name][:] for name in ("prompt", "chosen", "rejected"))
-    texts = [[prompt + response for response in both] for prompt, *both in zip(*columns)]
-
-    def content() -> list:
-        return [common.model_version(args.encoder, "encoder"), args.encoder_pooling, texts]
+        return length_ratio(*(torch.tensor(common.column(pairs, f"{side}_length")) for side in ("chosen", "rejected")))
 
     def compute() -> torch.Tensor:
-        mine = [text for both in texts[process.rank :: process.world_size] for text in both]
+        mine = pairs[range(process.rank, len(pairs), process.world_size)]
+        texts = [p + text for p, *both in zip(mine["prompt"], mine["chosen"], mine["rejected"]) for text in both]
         progress = functools.partial(tqdm, desc="similarity", unit="batch", mininterval=2, disable=process.rank > 0)
-        embeddings = encode_texts(
-            mine,
-            args.encoder,
-            args.encoder_pooling,
-            device=process.device,
-            progress=progress,
-            trust_remote_code=args.trust_remote_code,
-        )
+        options = {"progress": progress, "trust_remote_code": args.trust_remote_code}
+        embeddings = encode_texts(texts, args.encoder, args.encoder_pooling, device=process.device, **options)
         return torch.tensor(common.interleaved(cosine_similarity(embeddings[0::2], embeddings[1::2]).tolist()))
 
-    with common.loading("encoder", args.encoder):
+    with common.naming(f"encoder {args.encoder}"):
+        content = [common.model_version(args.encoder), args.encoder_pooling, pairs._fingerprint]
         return common.cached("similarity", content, compute, process)
 
 
-def pair_bounds(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Tensor:
+def bounds_of(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Tensor:
     """The bound δ* of each pair, (n,); NaN where there is none. A random one is a function of (seed, epoch, row)."""
-    try:
-        if args.constraint == "random":
-            seed = int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0])
-            return random_bound(len(similarity), args.random_low, args.random_high, seed)
-        if args.constraint == "fixed":
-            return fixed_bound(len(similarity), args.fixed_bound)
-        if args.constraint in ("len_rat", "cos_sim", "given"):
-            bound = margin_bound(similarity, args.beta1, args.beta2, args.beta3)
-            order = np.random.default_rng(args.seed).permutation(len(bound))
-            return bound[order] if args.shuffle_bounds else bound
-    except ValueError as error:
-        raise common.InputError(f"--constraint {args.constraint}: {error}") from error
-    return torch.full_like(similarity, math.nan)
+    seed = int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0])
+    betas, low_high = (args.beta1, args.beta2, args.beta3), (args.random_low, args.random_high)
+    with common.naming(f"--constraint {args.constraint}"):
+        bound = pair_bounds(similarity, args.constraint, betas, args.fixed_bound, low_high, seed)
+        if args.shuffle_bounds and args.constraint in ("none", "random", "fixed"):
+            raise ValueError("--shuffle_bounds deals the bounds of a prior, which this has not")
+    return bound[np.random.default_rng(args.seed).permutation(len(bound))] if args.shuffle_bounds else bound
 
 
 # ---------------------------------------------------------------- metrics
 
 
-def pair_metrics(chosen, rejected, bound, rank_loss, constraint_loss) -> dict[str, float | None]:
-    """The public metrics of some pairs, from their scores, bounds (NaN: none) and losses, each of shape (n,)."""
+def pair_metrics(chosen, rejected, rank_loss, constraint_loss, bound) -> dict[str, float | None]:
+    """The public metrics of some pairs, from their scores, bounds (NaN: none) and losses, each of shape (n,).
+
+    In training with --loss_on token a pair's scores are the means over the positions that the loss is on.
+    """
     return common.margin_metrics(chosen - rejected, bound, rank_loss, constraint_loss) | {
         "chosen_score": chosen.mean().item(),
         "rejected_score": rejected.mean().item(),
@@ -241,13 +191,13 @@ def evaluate(engine, pairs, similarity, ranked, args: Args, collator, process) -
     """Metrics over all held-out pairs, and a line per pair. ranked: see common.load_ranked."""
 
     def scores(batch: dict) -> torch.Tensor:
-        return engine(**collator(batch)).logits.view(-1, 2)  # B 2
+        return engine(**collator(batch)[0]).logits.view(-1, 2)  # B 2
 
     chosen, rejected = common.over_rows(engine, scores, pairs, args, process).T  # n, n
-    margin, bound = chosen - rejected, pair_bounds(similarity, args)  # n, n
+    margin, bound = chosen - rejected, bounds_of(similarity, args)  # n, n
     rank_loss = ranking_loss(margin)
     constraint_loss = ranking_loss(bound - margin) if args.constraint != "none" else 0 * margin
-    metrics = pair_metrics(chosen, rejected, bound, rank_loss, constraint_loss)
+    metrics = pair_metrics(chosen, rejected, rank_loss, constraint_loss, bound)
     rows, human = ranked
     own = common.over_rows(engine, scores, rows, args, process)[:, 0].tolist() if human else []
     metrics |= common.pair_correlations(margin, similarity, pairs) | common.rank_correlations(own, human)
@@ -260,66 +210,62 @@ def evaluate(engine, pairs, similarity, ranked, args: Args, collator, process) -
 
 
 def main(args: Args) -> None:
-    common.check_flags(args, OUTPUTS)
     process = common.start(args.seed)
     accumulation = common.accumulation_steps(args, process)
     config = common.engine_config(args, accumulation)
     args.model = args.model or common.on_rank_0(process, common.toy_model, each_machine=True)
     if args.constraint == "cos_sim":
         args.encoder, args.encoder_pooling = common.encoder_of_training(args)
+    output_dir = common.open_output(args, process, OUTPUTS)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
 
     given = args.constraint == "given"
     encode = functools.partial(common.encode_pair, tokenizer=tokenizer, max_length=args.max_length, given=given)
     train_pairs, eval_pairs = common.load_data(args, encode, process)
-    ranked = common.load_ranked(args, encode, process)
+    ranked = common.load_ranked(args, encode)
     train_similarity = similarities(train_pairs, args, process) if len(train_pairs) else torch.empty(0)
     eval_similarity = similarities(eval_pairs, args, process)
     for similarity in (train_similarity, eval_similarity):
-        pair_bounds(similarity, args)  # a bound that is not positive is found before anything is written
+        bounds_of(similarity, args)  # a bound that is not positive is found before the model is loaded
     total_steps = common.total_steps(args, len(train_pairs))
 
     model = common.load_reward_model("--model", args.model, args, tokenizer, config, new_head=args.epochs > 0)
     engine = common.make_engine(model, args, config, total_steps, process)
-    collator = functools.partial(
-        collate,
-        pad_token_id=tokenizer.pad_token_id,
-        share_prefix=common.check_model(engine, model, args, process),
-        dtype=model.dtype,
-        device=process.device,
-    )
-    output_dir = common.open_output(args, process, OUTPUTS)
+    share_prefix = common.check_model(engine, model, args, process)
+    options = {"share_prefix": share_prefix, "dtype": model.dtype, "device": process.device}
+    collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, **options)
     shown = ("loss", "accuracy", "margin_mean", "margin_max")
     metrics = common.Metrics(output_dir, process, args, total_steps, shown)
     checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_pairs, eval_pairs), engine=engine)
     process.print(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> list[dict]:
-        with metrics.paused():
-            values, lines = evaluate(engine, eval_pairs, eval_similarity, ranked, args, collator, process)
+        values, lines = evaluate(engine, eval_pairs, eval_similarity, ranked, args, collator, process)
         metrics.write(step, "eval", values)
         return lines
 
     lines = [] if checkpoints.step else evaluate_now(0)
-    lengths = np.array(train_pairs["row_length"][:])
-    tokens = lengths + np.array(train_pairs["prefix"][:])  # the prompt counted once for each response
+    lengths = common.column(train_pairs, "row_length")
+    tokens = lengths + common.column(train_pairs, "prefix")  # the prompt counted once for each response
     for epoch in range(args.epochs):
-        bounds = pair_bounds(train_similarity, args, epoch).to(process.device)  # n
+        bounds = bounds_of(train_similarity, args, epoch).to(process.device)  # n
         batches = common.global_batches(lengths, args.global_batch_size, args.seed, epoch)
         for step, batch in checkpoints.rest_of(epoch, batches):
             losses, records = [], []
             for i, rows in enumerate(batch.reshape(accumulation, process.world_size, -1)[:, process.rank]):
-                chosen, rejected, margin, share = training_scores(engine, train_pairs[rows], args, collator)
+                inputs, share = collator(train_pairs[rows], loss_on=args.loss_on)  # share: B K
+                chosen, rejected = engine(**inputs).logits.view(-1, 2, share.shape[1]).unbind(1)  # B K    r(x, y)
+                margin = chosen - rejected  # B K    m
                 bound = bounds[rows]  # B    δ*
                 rank_loss = ranking_loss(margin)  # B K    -log σ(m)
                 constraint_loss = 0 * margin
                 if args.constraint != "none":
                     constraint_loss = ranking_loss(bound[:, None] - margin)  # B K    -log σ(δ* - m)
-                rank_loss, constraint_loss = ((share * each).sum(1) for each in (rank_loss, constraint_loss))  # B, B
-                loss = (rank_loss + constraint_loss).mean()
+                loss = (share * (rank_loss + constraint_loss)).sum(1).mean()
                 engine.backward(loss)
                 losses.append(loss.detach())
-                records.append(torch.stack([chosen, rejected, bound, rank_loss, constraint_loss]).detach())  # 5 B
+                record = [(share * part).sum(1) for part in (chosen, rejected, rank_loss, constraint_loss)]
+                records.append(torch.stack([*record, bound]).detach())  # 5 B
                 if i < accumulation - 1:
                     engine.step()  # counts the micro batch
             rate = engine.get_lr()[0]
@@ -334,7 +280,6 @@ def main(args: Args) -> None:
     if total_steps:
         common.save_model(engine, model.classifier, tokenizer, output_dir / "model", process)
         lines = evaluate_now(total_steps)
-        common.write_card(output_dir, args, "AutoModelForSequenceClassification", process)
     metrics.close()
     if process.rank == 0:
         common.plot_margins(lines, args, output_dir / "margins.png")

@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import tyro
 
 
 @dataclass
@@ -49,51 +50,38 @@ class Args:
     weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
     epochs: int = 5  # Passes over the data; 0: evaluate only.
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
-    micro_batch_size: int = 32  # Rows per rank and forward pass, at most; cut to a rank's share of the global batch.
-    global_batch_size: int = 32  # Rows per optimizer step, over all ranks and accumulated micro batches.
+    micro_batch_size: int = 32  # Rows per rank and forward pass, at most.
+    global_batch_size: int = 32  # Rows per optimizer step, over all ranks.
     zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Precision of the model; 16 bits keep fp32 master weights.
-    gradient_checkpointing: bool = False  # Recompute activations in the backward pass: less memory, a third more time.
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Of the model; 16 bits keep fp32 master weights.
+    gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the rows and the sampled answers.
-    log_every: int = 10  # Optimizer steps between lines of metrics; the first step always has one.
-    eval_every: int = 0  # Optimizer steps between evaluations; 0: only before and after training.
-    save_every: int = 0  # Optimizer steps between checkpoints; 0: one only, when SIGTERM or SIGINT ends training.
-    keep: int = 2  # The newest checkpoints that stay, at least one.
+    log_every: int = 10  # Optimizer steps between lines of metrics.
+    eval_every: int = 0  # Optimizer steps between evaluations; 0: before and after training.
+    save_every: int = 0  # Optimizer steps between checkpoints; 0: only when a signal ends training.
+    keep: int = 2  # Checkpoints that stay, the newest.
     resume: bool = False  # Go on from the newest checkpoint in --output_dir; begin where there is none.
     trust_remote_code: bool = False  # Run Python code that comes with a model.
-    local_rank: int = -1  # Given by the launcher, which also sets the LOCAL_RANK that is used.
+    local_rank: int = -1  # Given by the launcher; LOCAL_RANK is used.
 
 
 # The paper's settings; the embedded task's are the defaults above.
-PAPER = dict(weight_decay=0.0, epochs=3, micro_batch_size=4, zero_stage=2, dtype="bf16", gradient_checkpointing=True)
-ALPACA = "hf://datasets/tatsu-lab/alpaca_farm@refs/convert/parquet/alpaca_instructions"
-TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
-TASKS = {
-    "toy": {},
-    "alpaca": PAPER
-    | dict(
-        dataset=f"{ALPACA}/sft/*.parquet",
-        eval_dataset=f"{ALPACA}/val/*.parquet",
-        max_length=512,
-        global_batch_size=128,
-        learning_rate=2e-5,
-    ),
-    "tldr": PAPER
-    | dict(
-        dataset=f"{TLDR}:train",
-        eval_dataset=f"{TLDR}:validation",
-        max_length=1024,
-        global_batch_size=64,
-        learning_rate=1e-5,
-    ),
-}
+PAPER = dict(model=tyro.MISSING, weight_decay=0.0, epochs=3, micro_batch_size=4, zero_stage=2, dtype="bf16")
+PAPER |= dict(gradient_checkpointing=True)
+FARM = "hf://datasets/tatsu-lab/alpaca_farm@refs/convert/parquet/alpaca_instructions"
+ALPACA = dict(dataset=f"{FARM}/sft/*.parquet", eval_dataset=f"{FARM}/val/*.parquet")
+ALPACA |= dict(max_length=512, global_batch_size=128, learning_rate=2e-5)
+REDDIT = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
+TLDR = dict(dataset=f"{REDDIT}:train", eval_dataset=f"{REDDIT}:validation")
+TLDR |= dict(max_length=1024, global_batch_size=64, learning_rate=1e-5)
+TASKS = {"alpaca": PAPER | ALPACA, "tldr": PAPER | TLDR}
 OUTPUTS = ("generations.json",)
 
 
 def preset(task: str, constraint: str) -> dict:
-    return TASKS[task]
+    return TASKS.get(task, {})
 
 
 # ---------------------------------------------------------------- data
@@ -101,15 +89,15 @@ def preset(task: str, constraint: str) -> dict:
 
 def encode_row(row: dict, tokenizer, max_length: int, train_on_prompt: bool) -> dict:
     """The columns of a demonstration: its prompt, the tokens, and the first of them that is under the loss (start)."""
-    prompt, completion = common.demonstration_of(row, tokenizer)
-    prompt_ids, completion_ids = common.tokenize(tokenizer, prompt, completion)
+    columns = common.read_example(row, tokenizer, "demonstration")
+    prompt_ids, ids = columns["prompt_ids"], columns["prompt_ids"] + columns.pop("answer_ids")[0]
     if not prompt_ids:
         raise common.Unusable("prompt without a token")  # nothing would predict the response's first one
-    ids = prompt_ids + completion_ids
     if len(ids) > max_length:
         raise common.Unusable(f"longer than --max_length {max_length}")  # Upstream: truncated
     start = 1 if train_on_prompt else len(prompt_ids)  # no token predicts the very first
-    return dict(prompt=prompt, prompt_ids=prompt_ids, ids=ids, start=start, row_length=len(ids))
+    del columns["answers"]
+    return columns | {"ids": ids, "start": start, "row_length": len(ids)}
 
 
 def collate(batch: dict[str, list], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -118,10 +106,6 @@ def collate(batch: dict[str, list], pad_token_id: int, device: torch.device) -> 
 
 
 # ---------------------------------------------------------------- metrics
-
-
-def perplexity(values: dict[str, float]) -> dict[str, float]:
-    return {"perplexity": math.exp(min(values["loss"], 700))}
 
 
 def evaluate(engine, rows, args: Args, collator, process: common.Process) -> dict[str, float]:
@@ -134,28 +118,31 @@ def evaluate(engine, rows, args: Args, collator, process: common.Process) -> dic
         return losses.sum(1, keepdim=True)  # R 1
 
     losses = common.over_rows(engine, row_losses, rows, args, process)  # n 1
-    return {"loss": losses.double().sum().item() / under_loss(rows).sum()}
+    return with_perplexity(losses.double().sum().item() / under_loss(rows).sum())
+
+
+def with_perplexity(loss: float) -> dict[str, float]:
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
 
 def under_loss(rows) -> np.ndarray:
     """How many tokens of each row are under the loss, (n,)."""
-    return np.array(rows["row_length"][:]) - np.array(rows["start"][:])
+    return common.column(rows, "row_length") - common.column(rows, "start")
 
 
 # ---------------------------------------------------------------- training
 
 
 def main(args: Args) -> None:
-    common.check_flags(args, OUTPUTS)
     process = common.start(args.seed)
     accumulation = common.accumulation_steps(args, process)
     config = common.engine_config(args, accumulation)
     args.model = args.model or common.on_rank_0(process, common.toy_model, each_machine=True)
+    output_dir = common.open_output(args, process, OUTPUTS)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
 
-    encode = functools.partial(
-        encode_row, tokenizer=tokenizer, max_length=args.max_length, train_on_prompt=args.train_on_prompt
-    )
+    settings = {"max_length": args.max_length, "train_on_prompt": args.train_on_prompt}
+    encode = functools.partial(encode_row, tokenizer=tokenizer, **settings)
     train_rows, eval_rows = common.load_data(args, encode, process)
     total_steps = common.total_steps(args, len(train_rows))
 
@@ -163,19 +150,16 @@ def main(args: Args) -> None:
     engine = common.make_engine(model, args, config, total_steps, process)
     common.check_model(engine, model, args, process)
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
-    output_dir = common.open_output(args, process, OUTPUTS)
-    metrics = common.Metrics(output_dir, process, args, total_steps, ("loss", "perplexity"), derived=perplexity)
+    metrics = common.Metrics(output_dir, process, args, total_steps, ("loss", "perplexity"))
     checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_rows, eval_rows), engine=engine)
     process.print(f"{total_steps} steps on {len(train_rows)} rows, {len(eval_rows)} held out -> {output_dir}")
 
     def evaluate_now(step: int) -> None:
-        with metrics.paused():
-            values = evaluate(engine, eval_rows, args, collator, process)
-        metrics.write(step, "eval", values)
+        metrics.write(step, "eval", evaluate(engine, eval_rows, args, collator, process))
 
     if not checkpoints.step:
         evaluate_now(0)
-    lengths, counted = np.array(train_rows["row_length"][:]), under_loss(train_rows)
+    lengths, counted = common.column(train_rows, "row_length"), under_loss(train_rows)
     for epoch in range(args.epochs):
         batches = common.global_batches(lengths, args.global_batch_size, args.seed, epoch)
         for step, batch in checkpoints.rest_of(epoch, batches):
@@ -193,7 +177,7 @@ def main(args: Args) -> None:
             rate = engine.get_lr()[0]
             (norm,) = common.optimizer_step(step, losses, (engine, args))
             loss = common.gather(torch.stack(losses)[None]).mean().item()
-            values = {"loss": loss, "lr": rate, "grad_norm": norm}
+            values = with_perplexity(loss) | {"lr": rate, "grad_norm": norm}
             metrics.add(step, values, rows=len(batch), tokens=lengths[batch].sum())
             if args.eval_every and step % args.eval_every == 0 and step < total_steps:
                 evaluate_now(step)
@@ -202,7 +186,6 @@ def main(args: Args) -> None:
     if total_steps:
         common.save_model(engine, model, tokenizer, output_dir / "model", process)
         evaluate_now(total_steps)
-        common.write_card(output_dir, args, "AutoModelForCausalLM", process)
     metrics.close()
     common.answer_prompts(engine, model, tokenizer, eval_rows, args, process)  # last: the run is finished
     process.print(f"finished: look at {output_dir}/generations.json")

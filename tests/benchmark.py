@@ -1,9 +1,8 @@
 """Useful tokens per second of a training step, and its peak memory, beside other ways to do the same step.
 
-    python tests/benchmark.py --method reward --data pairs.json --tokenizer <model folder> --rounds 3
-    python tests/benchmark.py --method dpo ...
-    python tests/benchmark.py --method sft ...
+    python tests/benchmark.py --method reward --data pairs.json --tokenizer <model folder> --rounds 3      (dpo, sft)
     python tests/benchmark.py --method ppo --batch 16 ...
+    python tests/benchmark.py --method reward --root . --root ../old ...       `ours` of two checkouts of this project
 
 Contestants, all on the same rows, batch, model (6 layers, 384 wide, 49,152 tokens, random weights), bf16, allocator and
 OpenMP settings and number of threads, one after the other in each round, so that a slow minute hits all:
@@ -24,12 +23,11 @@ counts prompts per second, and samples 48 tokens for each.
 """
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -38,20 +36,31 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT, ANSWER = 256, 48  # ppo: the width that `padded` pads to, and tokens sampled
 sys.path.insert(0, str(ROOT))
+
+import common  # before torch
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+import ppo
+
+PROMPT, ANSWER = 256, 48  # ppo: the width that `padded` pads to, and tokens sampled
 CONTESTANTS = {
     "reward": ["ours", "ours_fixed", "padded", "trl"],
     "dpo": ["ours", "ours_fixed", "ours_live", "padded", "trl_skip", "trl"],
     "sft": ["ours", "trl_skip", "trl"],
     "ppo": ["ours", "padded", "trl"],
 }
+FLAGS = {"ours_fixed": "--constraint fixed --fixed_bound 4.5", "ours_live": "--live_reference"}
+
+
+# ---------------------------------------------------------------- what all contestants see
 
 
 def tldr_like(count: int) -> list[dict]:
-    rng = random.Random(0)
-    words = [line.split() for line in (ROOT / "README.md").read_text().splitlines()]
-    words = [w for line in words for w in line if w.isalpha()]
+    rng, words = random.Random(0), [word for word in (ROOT / "README.md").read_text().split() if word.isalpha()]
 
     def text(low, high):
         return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
@@ -59,115 +68,122 @@ def tldr_like(count: int) -> list[dict]:
     return [{"prompt": text(250, 360) + "\n", "chosen": text(18, 34), "rejected": text(18, 34)} for _ in range(count)]
 
 
-def prepare(args, folder: Path) -> None:
-    """Write the model, the rows that all contestants see, and how many useful tokens they hold."""
-    import common  # before torch
+def read(path: str) -> list[dict]:
+    """Pairs with the columns prompt, chosen, rejected, or of AlpacaFarm; without ties."""
+    text, pairs = Path(path).read_text(encoding="utf-8"), []
+    for row in json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines()):
+        if "preference" in row:
+            row["prompt"] = f"\n\nHuman: {row['instruction']}{row.get('input') or ''}\n\nAssistant: "
+            better = 2 if row["preference"] == 2 else 1
+            row["chosen"], row["rejected"] = row[f"output_{better}"], row[f"output_{3 - better}"]
+        if row.get("preference") != 0 and row["chosen"] != row["rejected"]:
+            pairs.append({name: row[name] for name in ("prompt", "chosen", "rejected")})
+    return pairs
 
-    import transformers
 
+def tokens_of(pair: dict, tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """The prompt, and prompt, response and EOS of both sides."""
+    prompt = tokenizer(pair["prompt"]).input_ids
+    chosen, rejected = tokenizer([pair["chosen"], pair["rejected"]], add_special_tokens=False).input_ids
+    return prompt, prompt + chosen + [tokenizer.eos_token_id], prompt + rejected + [tokenizer.eos_token_id]
+
+
+def prepare(args, folder: Path) -> int:
+    """Write the models and the rows that all contestants see; returns how many useful tokens these hold."""
     tokenizer = common.load_tokenizer(args.tokenizer or common.toy_model(), False)
-    config = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        max_position_embeddings=2048,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-        **({"num_labels": 1} if args.method == "reward" else {}),
-    )
+    sizes = dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, vocab_size=49152)
+    special = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, num_labels=1)
+    config = transformers.LlamaConfig(**sizes, **special, max_position_embeddings=2048, tie_word_embeddings=True)
     transformers.set_seed(0)
-    kind = transformers.LlamaForSequenceClassification if args.method == "reward" else transformers.LlamaForCausalLM
-    kind(config).save_pretrained(folder / "model")
-    if args.method == "ppo":
-        config.num_labels = 1
-        transformers.LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
-        tokenizer.save_pretrained(folder / "reward")
-    tokenizer.save_pretrained(folder / "model")
-    rows = common.read_rows("--data", args.data, "train") if args.data else tldr_like(2 * args.pairs)
-    texts = [texts for texts in map(text_of, rows) if texts]
-    random.Random(0).shuffle(texts)
-    pairs = [pair for pair in (encoded(row, tokenizer, args) for row in texts[: 2 * args.pairs]) if pair]
+    kinds = dict(policy=transformers.LlamaForCausalLM, scorer=transformers.LlamaForSequenceClassification)
+    for name, kind in kinds.items():
+        kind(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    pairs = read(args.data) if args.data else tldr_like(2 * args.pairs)
+    random.Random(0).shuffle(pairs)
+    tokens = [(pair, *tokens_of(pair, tokenizer)) for pair in pairs[: 2 * args.pairs]]
+    tokens = [(pair, *ids) for pair, *ids in tokens if max(map(len, ids)) <= args.max_length]
     if args.method == "ppo":  # a prompt with two pairs is one prompt
-        pairs = [p for p in {p["prompt"]: p for p in pairs}.values() if len(tokenizer(p["prompt"]).input_ids) <= PROMPT]
-    pairs = pairs[: args.pairs // args.batch * args.batch]
-    if not pairs:
+        tokens = [each for each in {each[0]["prompt"]: each for each in tokens}.values() if len(each[1]) <= PROMPT]
+    tokens = tokens[: args.pairs // args.batch * args.batch]
+    if not tokens:
         sys.exit("no row fits: pass a --tokenizer of a larger vocabulary, or another --max_length")
-    with open(folder / "rows.jsonl", "w") as file:
-        for p in pairs:
-            row = {name: p[name] for name in ("prompt", "chosen", "rejected")}
-            row = {"prompt": p["prompt"], "completion": p["chosen"]} if args.method == "sft" else row
-            file.write(json.dumps(row) + "\n")
-    (folder / "eval.jsonl").write_text("".join((folder / "rows.jsonl").read_text().splitlines(True)[:8]))
-    sides = [p["chosen_ids"] for p in pairs] + ([] if args.method == "sft" else [p["rejected_ids"] for p in pairs])
-    tokens = sum(map(len, sides))
-    (folder / "facts.json").write_text(json.dumps({"rows": len(pairs), "tokens": tokens}))
-    longer = [max(len(p["chosen_ids"]), len(p["rejected_ids"])) - p["prefix"] for p in pairs]
+    pairs = [pair for pair, *_ in tokens]
+    rows = [dict(prompt=p["prompt"], completion=p["chosen"]) for p in pairs] if args.method == "sft" else pairs
+    for name, some in (("rows", rows), ("eval", rows[:8])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    sides = [(chosen, rejected) for *_, chosen, rejected in tokens]
+    useful = sum(len(chosen) + len(rejected) * (args.method != "sft") for chosen, rejected in sides)
+    prefixes = [len(os.path.commonprefix(both)) for both in sides]
+    longer = [max(map(len, both)) - prefix for both, prefix in zip(sides, prefixes)]
     print(
-        f"{len(pairs)} rows, {tokens} useful tokens, {statistics.mean(p['prefix'] for p in pairs):.0f} in the prefix, "
+        f"{len(rows)} rows, {useful} useful tokens, {statistics.mean(prefixes):.0f} in the prefix, "
         f"{statistics.mean(longer):.0f} in the longer response"
     )
+    return len(rows) if args.method == "ppo" else useful
 
 
-def text_of(row: dict) -> dict | None:
-    """A row of any known format as a pair of texts; None if it cannot be used."""
-    import common
-
-    try:
-        prompt, chosen, rejected = common.preference_of(row)
-    except common.Unusable:
-        return None
-    return dict(prompt=prompt, chosen=chosen, rejected=rejected) if chosen != rejected else None
+# ---------------------------------------------------------------- contestants: useful tokens (ppo: prompts) per second
 
 
-def encoded(row: dict, tokenizer, args) -> dict | None:
-    """The columns of a pair as the script makes them; None if it is too long."""
-    import common
-
-    try:
-        return common.encode_pair(row, tokenizer, args.max_length, needs_prompt=args.method == "dpo")
-    except common.Unusable:
-        return None
+def load(folder: Path, *names: str) -> list:
+    kinds = dict(policy=transformers.AutoModelForCausalLM, scorer=transformers.AutoModelForSequenceClassification)
+    return [kinds[name].from_pretrained(folder / name, dtype=torch.bfloat16) for name in names]
 
 
-def ours_ppo(args, folder: Path) -> float:
-    import common
+def train(args, rows: list, loss_of, *models) -> float:
+    """Steps on loss_of(batch)[0]; of loss_of(batch)[1] the sum per second, without the first batch."""
+    optimizer = torch.optim.AdamW([p for model in models for p in model.parameters()], lr=1e-5, fused=True)
+    done, since = 0, None
+    for start in range(0, len(rows), args.batch):
+        loss, count = loss_of(rows[start : start + args.batch])
+        loss.backward()
+        for model in models:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        done += count * (since is not None)
+        since = since or time.perf_counter()
+    return done / (time.perf_counter() - since)
 
-    import ppo
 
-    out = tempfile.mkdtemp(dir=folder)
-    argv = (
-        f"--policy_model {folder}/model --reward_model {folder}/reward --output_dir {out} --generate 0 "
-        f"--dataset {folder}/rows.jsonl --eval_dataset {folder}/rows.jsonl --max_prompt_length {PROMPT} "
-        f"--max_new_tokens {ANSWER} --epochs 1 --dtype bf16 --global_batch_size {args.batch} "
-        f"--micro_batch_size {args.batch // 4} --log_every 1"
-    ).split()
-    ppo.main(common.parse_args(ppo.Args, ppo.preset, argv))
-    lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
-    return statistics.harmonic_mean(line["prompts_per_s"] for line in lines[1:])  # without the first step
+def padded(args, folder: Path, useful: int) -> float:
+    model, reference = load(folder, *["scorer" if args.method == "reward" else "policy"] * 2)
+    tokenizer, at = common.load_tokenizer(str(folder / "policy"), False), torch.arange(args.max_length)
+    rows = [tokens_of(json.loads(line), tokenizer) for line in open(folder / "rows.jsonl")]
+
+    def loss_of(batch: list) -> tuple[torch.Tensor, int]:
+        prompts, chosen, rejected = zip(*batch)
+        ids = [row + [tokenizer.pad_token_id] * (args.max_length - len(row)) for row in chosen + rejected]
+        begins, ends = (torch.tensor([*map(len, some)])[:, None] for some in (prompts * 2, chosen + rejected))
+        ids = torch.tensor(ids)
+
+        def hidden(model):
+            return model.base_model(ids, attention_mask=(at < ends).long()).last_hidden_state
+
+        def logps(model):
+            where = ((at[1:] >= begins) & (at[1:] < ends)).nonzero(as_tuple=True)  # response tokens
+            logits = model.lm_head(hidden(model)[:, :-1][where]).float()
+            own = -F.cross_entropy(logits, ids[:, 1:][where], reduction="none")
+            return torch.zeros(len(ids)).index_add(0, where[0], own)
+
+        if args.method == "reward":
+            value = model.score(hidden(model)).squeeze(-1).gather(1, ends - 1).squeeze(1).float()
+        else:
+            with torch.no_grad():
+                base = logps(reference)
+            value = 0.1 * (logps(model) - base)
+        chosen, rejected = value.chunk(2)
+        return F.softplus(rejected - chosen).mean(), int(ends.sum())
+
+    return train(args, rows, loss_of, model)
 
 
-def padded_ppo(args, folder: Path, facts: dict) -> float:
-    import common
-
-    import torch
-    import torch.nn.functional as F
-    import transformers
-
-    import ppo
-
-    tokenizer = common.load_tokenizer(str(folder / "model"), False)
+def padded_ppo(args, folder: Path, useful: int) -> float:
+    tokenizer = common.load_tokenizer(str(folder / "policy"), False)
     tokenizer.padding_side = "left"
-    policy, reference = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16) for _ in range(2)
-    )
-    critic, scorer = (
-        transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.bfloat16)
-        for _ in range(2)
-    )
-    optimizer = torch.optim.AdamW([*policy.parameters(), *critic.parameters()], lr=1e-5, fused=True)
+    policy, reference, critic, scorer = load(folder, "policy", "policy", "scorer", "scorer")
+    rows = [json.loads(line)["prompt"] for line in open(folder / "rows.jsonl")]
 
     def hidden(model, ids, mask):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -180,20 +196,10 @@ def padded_ppo(args, folder: Path, facts: dict) -> float:
     def values(model, ids, mask):
         return model.score(hidden(model, ids, mask)[:, PROMPT - 1 : -1]).squeeze(-1).float()
 
-    prompts, since, done = [json.loads(line)["prompt"] for line in open(folder / "rows.jsonl")], None, 0
-    for start in range(0, len(prompts), args.batch):
-        batch = tokenizer(
-            prompts[start : start + args.batch], padding="max_length", max_length=PROMPT, return_tensors="pt"
-        )
+    def loss_of(prompts: list[str]) -> tuple[torch.Tensor, int]:
+        batch = tokenizer(prompts, padding="max_length", max_length=PROMPT, return_tensors="pt")
         with torch.no_grad():
-            ids = policy.generate(
-                batch.input_ids,
-                attention_mask=batch.attention_mask,
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=ANSWER,
-                min_new_tokens=ANSWER,
-            )
+            ids = policy.generate(**batch, do_sample=True, top_k=0, max_new_tokens=ANSWER, min_new_tokens=ANSWER)
             mask = torch.cat([batch.attention_mask, torch.ones_like(ids[:, PROMPT:])], 1)
             old, base, old_values = logps(policy, ids, mask), logps(reference, ids, mask), values(critic, ids, mask)
             scores = scorer.score(hidden(scorer, ids, mask)[:, -1]).squeeze(-1).float()
@@ -203,244 +209,131 @@ def padded_ppo(args, folder: Path, facts: dict) -> float:
             advantages = (advantages - advantages.mean()) / advantages.std()
         policy_loss = ppo.policy_losses(logps(policy, ids, mask), old, advantages, 0.2)[0].mean()
         value_loss = ppo.value_losses(values(critic, ids, mask), old_values, returns, 0.2)[0].mean()
-        (policy_loss + value_loss).backward()
-        for model in (policy, critic):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if since is None:
-            since = time.perf_counter()
-        else:
-            done += args.batch
-    return done / (time.perf_counter() - since)
+        return policy_loss + value_loss, len(prompts)
+
+    return train(args, rows, loss_of, policy, critic)
 
 
-def trl_ppo(args, folder: Path, facts: dict) -> float:
-    import datasets
-    import torch
-    import transformers
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, arguments, state, control, **kwargs):
-            self.last = time.perf_counter()
-            self.steps = getattr(self, "steps", 0) + 1
-            if self.steps == 1:
-                self.first = self.last
-
-    import common
-
-    tokenizer, clock = common.load_tokenizer(str(folder / "model"), False), Clock()
-    tokenizer.padding_side = "left"
-    rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
-    rows = rows.map(lambda row: {"input_ids": tokenizer(row["prompt"]).input_ids}, remove_columns=rows.column_names)
-    policy, reference = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16) for _ in range(2)
-    )
-    critic, scorer = (
-        transformers.AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.bfloat16)
-        for _ in range(2)
-    )
-    config = PPOConfig(
-        output_dir=tempfile.mkdtemp(dir=folder),
-        per_device_train_batch_size=args.batch,
-        gradient_accumulation_steps=1,
-        local_rollout_forward_batch_size=args.batch,
-        num_ppo_epochs=1,
-        num_mini_batches=1,
-        response_length=ANSWER,
-        total_episodes=facts["rows"],
-        num_sample_generations=0,
-        temperature=1.0,
-        use_cpu=True,
-        bf16=True,
-        gradient_checkpointing=False,
-        learning_rate=1e-5,
-        save_strategy="no",
-        report_to=["tensorboard"],
-        disable_tqdm=True,
-    )
-    trainer = PPOTrainer(
-        args=config,
-        processing_class=tokenizer,
-        model=policy,
-        ref_model=reference,
-        reward_model=scorer,
-        value_model=critic,
-        train_dataset=rows,
-        eval_dataset=rows.select(range(args.batch)),
-        callbacks=[clock],
-    )
-    trainer.train()
-    return args.batch * (clock.steps - 1) / (clock.last - clock.first)
-
-
-def ours(args, folder: Path, *flags: str) -> float:
-    import common
-
-    os.environ["PCRM_CACHE"] = tempfile.mkdtemp(dir=folder)
-    script = importlib.import_module(args.method)
-    out = tempfile.mkdtemp(dir=folder)
-    argv = (
-        f"--model {folder}/model --dataset {folder}/rows.jsonl --eval_dataset {folder}/eval.jsonl --output_dir {out} "
-        f"--max_length {args.max_length} --epochs 1 --dtype bf16 --global_batch_size {args.batch} --log_every 5 "
-        f"--micro_batch_size {args.batch} --zero_stage {args.zero_stage} --learning_rate 1e-5"
-    ).split() + [*flags, *([] if args.method == "reward" else ["--generate", "0"])]
-    script.main(common.parse_args(script.Args, script.preset, argv))
-    lines = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
-    lines = [line for line in lines if line["split"] == "train"][1:]  # without the first step, as for the others
-    steps = [b["step"] - a["step"] for a, b in zip([{"step": 1}, *lines], lines)]
-    rate = "rows_per_s" if args.method == "sft" else "pairs_per_s"
-    seconds = [n * args.batch / line[rate] for n, line in zip(steps, lines)]
-    return sum(s * line["tokens_per_s"] for s, line in zip(seconds, lines)) / sum(seconds)
-
-
-def padded(args, folder: Path, facts: dict) -> float:
-    import common
-
-    import torch
-    import torch.nn.functional as F
-    import transformers
-
-    tokenizer = common.load_tokenizer(str(folder / "model"), False)
-    kind = "AutoModelForSequenceClassification" if args.method == "reward" else "AutoModelForCausalLM"
-    load = getattr(transformers, kind).from_pretrained
-    model = load(folder / "model", dtype=torch.bfloat16)
-    reference = load(folder / "model", dtype=torch.bfloat16) if args.method == "dpo" else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    pairs = [encoded(json.loads(line), tokenizer, args) for line in open(folder / "rows.jsonl")]
-
-    def scores(model, ids):
-        hidden = model.base_model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).last_hidden_state
-        return model.score(hidden).squeeze(-1)[torch.arange(len(ids)), ends].float()
-
-    def logps(model, ids):
-        hidden = model.base_model(ids, attention_mask=(ids != tokenizer.pad_token_id).long()).last_hidden_state
-        where = is_response.nonzero(as_tuple=True)
-        logits = model.lm_head(hidden[:, :-1][where]).float()
-        own = -F.cross_entropy(logits, ids[:, 1:][where], reduction="none")
-        return torch.zeros(len(ids)).index_add(0, where[0], own)
-
-    tokens, since = 0, None
-    for start in range(0, len(pairs), args.batch):
-        batch = pairs[start : start + args.batch]
-        rows = [p["chosen_ids"] for p in batch] + [p["rejected_ids"] for p in batch]
-        ids = torch.full((len(rows), args.max_length), tokenizer.pad_token_id)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-        ends = torch.tensor([len(row) - 1 for row in rows])
-        if args.method == "reward":
-            value = scores(model, ids)
-        else:
-            begins = torch.tensor([len(p["prompt_ids"]) for p in batch] * 2)
-            places = torch.arange(1, args.max_length)
-            is_response = (places >= begins[:, None]) & (places <= ends[:, None])
-            with torch.no_grad():
-                base = logps(reference, ids)
-            value = 0.1 * (logps(model, ids) - base)
-        chosen, rejected = value.chunk(2)
-        F.softplus(rejected - chosen).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if since is None:
-            since = time.perf_counter()
-        else:
-            tokens += sum(len(row) for row in rows)
-    return tokens / (time.perf_counter() - since)
-
-
-def trl(args, folder: Path, facts: dict) -> float:
+def trl(args, folder: Path, useful: int) -> float:
     import datasets
     import trl
-    from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, arguments, state, control, **kwargs):
-            self.last = time.perf_counter()
-            if state.global_step == 1:
-                self.first = self.last
+    times = []
 
-    if args.worker == "trl_skip":
-        import trl.trainer.utils
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter())
 
-        trl.trainer.utils._use_triton = lambda device: True  # read only where it decides which positions are scored
-    clock, name = Clock(), {"reward": "Reward", "dpo": "DPO", "sft": "SFT"}[args.method]
-    config = getattr(trl, f"{name}Config")(
-        output_dir=tempfile.mkdtemp(dir=folder),
-        per_device_train_batch_size=args.batch,
-        max_length=args.max_length,
-        bf16=True,
-        use_cpu=True,
-        num_train_epochs=1,
-        learning_rate=1e-5,
-        logging_steps=5,
-        save_strategy="no",
-        gradient_checkpointing=False,
-        report_to=["tensorboard"],
-        disable_tqdm=True,
-    )
+    settings = dict(
+        output_dir=tempfile.mkdtemp(dir=folder), per_device_train_batch_size=args.batch, learning_rate=1e-5, bf16=True,
+        use_cpu=True, gradient_checkpointing=False, save_strategy="no", report_to=["tensorboard"], disable_tqdm=True,
+    )  # fmt: skip
     rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
-    trainer = getattr(trl, f"{name}Trainer")(f"{folder}/model", args=config, train_dataset=rows, callbacks=[clock])
-    trainer.train()
-    steps = facts["rows"] // args.batch
-    return facts["tokens"] * (steps - 1) / steps / (clock.last - clock.first)
+    if args.method == "ppo":
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+        tokenizer = common.load_tokenizer(str(folder / "policy"), False)
+        tokenizer.padding_side = "left"
+        rows = rows.map(lambda row: {"input_ids": tokenizer(row["prompt"]).input_ids}, remove_columns=rows.column_names)
+        settings |= dict(local_rollout_forward_batch_size=args.batch, num_ppo_epochs=1, num_mini_batches=1)
+        settings |= dict(response_length=ANSWER, total_episodes=len(rows), num_sample_generations=0, temperature=1.0)
+        names = ("model", "ref_model", "value_model", "reward_model")
+        parts = dict(zip(names, load(folder, "policy", "policy", "scorer", "scorer")), processing_class=tokenizer)
+        make, parts["eval_dataset"] = PPOTrainer, rows.select(range(args.batch))
+        config = PPOConfig(**settings)
+    else:
+        if args.worker[0] == "trl_skip":
+            import trl.trainer.utils
+
+            trl.trainer.utils._use_triton = lambda device: True  # read only where it decides which positions are scored
+        name = {"reward": "Reward", "dpo": "DPO", "sft": "SFT"}[args.method]
+        settings |= dict(max_length=args.max_length, num_train_epochs=1, logging_steps=5)
+        make, parts = getattr(trl, f"{name}Trainer"), dict(model=str(folder / args.start))
+        config = getattr(trl, f"{name}Config")(**settings)
+    make(args=config, train_dataset=rows, callbacks=[Clock()], **parts).train()
+    return useful * (len(times) - 1) / len(times) / (times[-1] - times[0])
+
+
+def call(command: list[str], folder: Path) -> tuple[str, float]:
+    """What a Python program says, and its peak memory in GiB."""
+    same = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 30))  # keep freed memory
+    environment = os.environ | same | {"PCRM_CACHE": tempfile.mkdtemp(dir=folder)}
+    with open(folder / "said", "w") as said:
+        process = subprocess.Popen([sys.executable, *command], env=environment, stdout=said, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    text = (folder / "said").read_text()
+    if status:
+        sys.exit(f"{' '.join(command)} failed:\n{text[-5000:]}")
+    return text, usage.ru_maxrss / 2**20
+
+
+def ours(args, name: str, root: str, folder: Path) -> tuple[float, float]:
+    """A script's speed over all steps but the first, as for the others, and its peak memory."""
+    out = Path(tempfile.mkdtemp(dir=folder))
+    flags = f"--dataset {folder}/rows.jsonl --eval_dataset {folder}/eval.jsonl --output_dir {out} --epochs 1 "
+    flags += f"--dtype bf16 --global_batch_size {args.batch} --log_every 5 {FLAGS.get(name, '')} "
+    flags += "--generate 0 " * (args.method != "reward") + "--learning_rate 1e-5 " * (args.method != "ppo")
+    if args.method == "ppo":
+        flags += f"--policy_model {folder}/policy --reward_model {folder}/scorer --max_prompt_length {PROMPT} "
+        flags += f"--max_new_tokens {ANSWER} --micro_batch_size {args.batch // 4}"
+    else:
+        flags += f"--model {folder / args.start} --max_length {args.max_length} --micro_batch_size {args.batch}"
+    _, peak = call([f"{root}/{args.method}.py", *flags.split()], folder)
+    lines = [line for line in map(json.loads, open(out / "metrics.jsonl")) if line["split"] == "train"]
+    rows = {"sft": "rows_per_s", "ppo": "prompts_per_s"}.get(args.method, "pairs_per_s")
+    seconds = [(line["step"] - last["step"]) * args.batch / line[rows] for last, line in zip(lines, lines[1:])]
+    rate = "prompts_per_s" if args.method == "ppo" else "tokens_per_s"
+    return sum(s * line[rate] for s, line in zip(seconds, lines[1:])) / sum(seconds), peak
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=list(CONTESTANTS), default="reward")
-    parser.add_argument("--data", default="", help="preference pairs in any format that reward.py reads")
+    parser.add_argument("--data", default="", help="pairs, .json or .jsonl: prompt, chosen, rejected, or AlpacaFarm's")
     parser.add_argument("--tokenizer", default="", help="a model folder whose tokenizer is used; default: the toy's")
     parser.add_argument("--pairs", type=int, default=240)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--zero_stage", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="some contestants, the first compared with the others")
-    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--root", action="append", help="the checkout that is `ours`; of two, new and old, `ours` alone"
+    )
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.start = "scorer" if args.method == "reward" else "policy"
     if args.worker:
-        folder = Path(args.folder)
-        facts = json.loads((folder / "facts.json").read_text())
-        flags = {"ours_fixed": "--constraint fixed --fixed_bound 4.5".split(), "ours_live": ["--live_reference"]}
-        if args.method == "ppo":
-            workers = {"ours": lambda *a: ours_ppo(*a[:2]), "padded": padded_ppo, "trl": trl_ppo}
-            speed = workers[args.worker](args, folder, facts)
-        elif args.worker.startswith("ours"):
-            speed = ours(args, folder, *flags.get(args.worker, []))
-        else:
-            speed = {"padded": padded, "trl": trl, "trl_skip": trl}[args.worker](args, folder, facts)
-        print(f"SPEED {speed} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}")
-        return
+        name, folder, useful = args.worker
+        work = trl if name != "padded" else padded_ppo if args.method == "ppo" else padded
+        return print("SPEED", work(args, Path(folder), int(useful)))
 
-    names = args.only.split(",") if args.only else CONTESTANTS[args.method]
-    unit = "prompts/s" if args.method == "ppo" else "tokens/s"
-    names = [n for n in names if not n.startswith("trl") or importlib.util.find_spec("trl")]
-    # The same for all: keep freed memory in the process, and let idle threads sleep.
-    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    speeds, memory = {name: [] for name in names}, {name: [] for name in names}
+    unit, roots = "prompts/s" if args.method == "ppo" else "tokens/s", args.root or [str(ROOT)]
+    names = args.only.split(",") if args.only else CONTESTANTS[args.method] if len(roots) == 1 else ["ours"]
+    names = [name for name in names if not name.startswith("trl") or importlib.util.find_spec("trl")]
+    each = [(name, root) for name in names for root in (roots if name.startswith("ours") else roots[:1])]
+    speeds, memory = ({one: [] for one in each} for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
-        prepare(args, Path(folder))
-        for round_number in range(args.rounds):
-            for name in names if round_number % 2 == 0 else names[::-1]:
-                command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--folder", folder]
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                speed = [line for line in done.stdout.splitlines() if line.startswith("SPEED")]
-                if not speed:
-                    sys.exit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-                speeds[name].append(float(speed[0].split()[1]))
-                memory[name].append(float(speed[0].split()[2]))
-                print(f"round {round_number + 1} {name:11} {speeds[name][-1]:8.4g} {unit}", flush=True)
-    for name in names:
-        ratios = [ours / other for ours, other in zip(speeds[names[0]], speeds[name])]
+        useful = prepare(args, Path(folder))
+        for number in range(args.rounds):
+            for name, root in each if number % 2 == 0 else each[::-1]:
+                if name.startswith("ours"):
+                    speed, peak = ours(args, name, root, Path(folder))
+                else:
+                    text, peak = call([__file__, *sys.argv[1:], "--worker", name, folder, str(useful)], Path(folder))
+                    speed = float(re.search(r"SPEED (\S+)", text)[1])
+                speeds[name, root].append(speed)
+                memory[name, root].append(peak)
+                print(f"round {number + 1} {name:11} {speed:8.4g} {unit}" + f" {root}" * (len(roots) > 1), flush=True)
+    for name, root in each:
+        ratios = [ours / other for ours, other in zip(speeds[each[0]], speeds[name, root])]
         print(
-            f"{name:11} median {statistics.median(speeds[name]):8.4g} {unit}; {names[0]} is "
+            f"{name:11} median {statistics.median(speeds[name, root]):8.4g} {unit}; {names[0]} is "
             f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f}); "
-            f"peak memory {max(memory[name]):.1f} GiB"
+            f"peak memory {max(memory[name, root]):.1f} GiB" + f" {root}" * (len(roots) > 1)
         )
+    for name in names if len(roots) > 1 else []:
+        new, old = (statistics.mean(speeds[name, root]) for root in roots)
+        print(f"{name}: mean rate of {roots[0]} / {roots[1]} {new / old:.3f}")
 
 
 if __name__ == "__main__":

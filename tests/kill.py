@@ -1,40 +1,65 @@
 """Kills runs at random moments, goes on with --resume, and compares with runs that nobody killed: bit for bit.
 
-    python tests/kill.py --kills 40 --seed 0 [--only sft,ppo]
+    python tests/kill.py --kills 60 --seed 1 [--only sft,ppo]
 
 Each run is a few steps of a script on one or two ranks, at a ZeRO stage and a precision, killed (SIGKILL) one to four
 times. Moments: any; in the steps; in a save; in the removal of an old checkpoint; after the last step. What a kill met
 is told by what it left on the disk. Exit status 1 if a resumed run differs from the one that nobody killed.
 """
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import common
+
 import argparse
-import contextlib
 import json
 import logging
 import os
 import random
 import re
-import resource
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-FLAGS = "--max_steps 8 --log_every 3 --save_every 2 --eval_every 3 --global_batch_size 8"
+import torch
+import transformers
+from helpers import lines
+
+FLAGS = "--max_steps 6 --epochs 2 --log_every 3 --save_every 2 --eval_every 3 --global_batch_size 8"
 OWN = dict(
-    sft="--micro_batch_size 2 --generate 2",
+    sft="--max_length 72 --micro_batch_size 2 --generate 2",
     reward="--micro_batch_size 2 --constraint random",
-    dpo="--micro_batch_size 2 --generate 2 --constraint len_rat",
-    ppo="--micro_batch_size 1 --minibatches 2 --generate 3 --max_new_tokens 12",
+    dpo="--max_length 72 --micro_batch_size 2 --generate 2 --constraint len_rat",
+    ppo="--micro_batch_size 2 --minibatches 2 --generate 3 --max_new_tokens 8",
 )
 MOMENTS = ("any", "steps", "save", "removal", "end")
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def prepare(work: Path) -> Path:
+    """In `work`: 24 and 4 rows of each kind, and a tiny language and reward model whose answers end now and then."""
+    work.mkdir(exist_ok=True)
+    for name in ("sft", "preference", "prompts"):
+        for part, count in (("train", 24), ("eval", 4)):
+            rows = (common.DATA / f"{name}_{part}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            (work / f"{name}_{part}.jsonl").write_text("".join(list(dict.fromkeys(rows))[:count]), encoding="utf-8")
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16)
+    config = transformers.AutoConfig.from_pretrained(common.DATA / "toy", num_key_value_heads=2, num_labels=1, **sizes)
+    tokenizer = common.load_tokenizer(str(common.DATA / "toy"), False)
+    torch.manual_seed(0)
+    for kind in ("CausalLM", "SequenceClassification"):
+        model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+        model.get_input_embeddings().weight.data[tokenizer.eos_token_id] *= 6  # the head's, too
+        model.save_pretrained(work / kind)
+        tokenizer.save_pretrained(work / kind)
+    return work
 
 
 @dataclass(frozen=True)
@@ -51,28 +76,12 @@ class Config:
 
     def flags(self, work: Path) -> list[str]:
         data = {"sft": "sft", "ppo": "prompts"}.get(self.script, "preference")
-        stages = [f"--zero_stage {self.stage}"]
+        models = f"--model {work}/CausalLM --zero_stage {self.stage}"
         if self.script == "ppo":
-            critic = {0: 0, 1: 1, 2: 3, 3: 3}[self.stage]
-            stages = [f"--policy_zero_stage {self.stage} --critic_zero_stage {critic}"]
-            stages += [f"--policy_model {work}/sft/model --reward_model {work}/reward/model"]
-        files = [
-            f"--{flag} {few_rows(work, f'{data}_{part}', count)}"
-            for flag, part, count in (("dataset", "train", 24), ("eval_dataset", "eval", 4))
-        ]  # three steps are an epoch
-        return " ".join([FLAGS, OWN[self.script], f"--dtype {self.dtype}", *stages, *files]).split()
-
-
-def few_rows(work: Path, name: str, count: int) -> Path:
-    """A file of the first different rows of an embedded one."""
-    path = work / f"{name}.jsonl"
-    if not path.exists():
-        lines = (ROOT / "data" / path.name).read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(list(dict.fromkeys(lines))[:count]), encoding="utf-8")
-    return path
-
-
-# ---------------------------------------------------------------- processes
+            models = f"--policy_model {work}/CausalLM --policy_zero_stage {self.stage} "
+            models += f"--reward_model {work}/SequenceClassification --critic_zero_stage {(0, 1, 3, 3)[self.stage]}"
+        files = f"--dataset {work}/{data}_train.jsonl --eval_dataset {work}/{data}_eval.jsonl"
+        return f"{FLAGS} {OWN[self.script]} --dtype {self.dtype} {models} {files}".split()
 
 
 @dataclass
@@ -82,8 +91,8 @@ class Started:
     folder: Path
     processes: list = field(default_factory=list)
 
-    def said(self, stream: str = "out", rank: int = 0) -> str:
-        return Path(f"{self.folder}.{rank}.{stream}").read_text(encoding="utf-8", errors="replace")
+    def said(self, stream: str = "out") -> str:
+        return Path(f"{self.folder}.0.{stream}").read_text(encoding="utf-8", errors="replace")
 
     def wait_for(self, condition, limit: float = 300, pause: float = 0.002) -> bool:
         """Until condition() is true; False if the run ended before."""
@@ -94,130 +103,77 @@ class Started:
             if time.monotonic() > until:
                 self.kill()
                 raise TimeoutError(f"{self.folder}: nothing happened for {limit} s; {self.said()}{self.said('err')}")
-            time.sleep(pause) if pause else None
+            time.sleep(pause)
         return True
 
     def running(self) -> bool:
         return any([process.poll() is None for process in self.processes])  # polls each
 
-    def status(self, limit: float = 300) -> list[int]:
-        """The exit status of each process."""
-        self.wait_for(lambda: not self.running(), limit, pause=0.05)
+    def status(self) -> list[int]:
+        self.wait_for(lambda: False, pause=0.05)
         return [process.wait() for process in self.processes]
 
     def kill(self) -> None:
         """SIGKILL to the whole process group at once, and until none of it is left."""
-        if not self.running():
-            return
         group = self.processes[0].pid
-        os.killpg(group, signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            for _ in range(5000):  # the launcher's own, which somebody else waits for
-                os.killpg(group, 0)
-                time.sleep(0.001)
+        try:
+            os.killpg(group, signal.SIGKILL)
+            for process in self.processes:
+                process.wait()
+            while True:  # the launcher's own, which somebody else waits for
+                time.sleep(os.killpg(group, 0) or 0.001)
+        except ProcessLookupError:
+            pass
 
 
-def start(command: list[str], folder: Path, ranks: int = 1, launcher: bool = False, file_limits=()) -> Started:
-    """Start `command` (a Python file and its flags) in a process group of its own, on some ranks.
-
-    file_limits: for each rank the size above which a write fails, in bytes; none where it is None.
-    """
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    environment |= dict(PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+def run_of(config: Config, work: Path, folder: Path, *flags: str, launcher: bool = False) -> Started:
+    """Start the run of a configuration in a process group of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    command, started = [sys.executable, *command], Started(folder)
+    command, started = [sys.executable], Started(folder)
     if launcher:
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        command = [deepspeed, "--num_gpus", str(ranks), "--master_port", port, *command[1:]]
-    for rank in range(1 if launcher else ranks):
-        if ranks > 1 and not launcher:
-            own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_PORT=port)
-            environment |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        limit = file_limits[rank] if file_limits else None
+        command = [deepspeed, "--num_gpus", str(config.ranks), "--master_port", port]
+    command += [f"{ROOT}/{config.script}.py", *config.flags(work), "--output_dir", str(folder), *flags]
+    for rank in range(1 if launcher else config.ranks):
+        own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=config.ranks, LOCAL_WORLD_SIZE=config.ranks)
+        own = {name: str(value) for name, value in own.items()} | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({} if launcher or config.ranks == 1 else own)
+        group = started.processes[0].pid if rank else 0
         with open(f"{folder}.{rank}.out", "w") as out, open(f"{folder}.{rank}.err", "w") as err:
-            started.processes.append(
-                subprocess.Popen(
-                    command,
-                    stdout=out,
-                    stderr=err,
-                    env=environment,
-                    process_group=started.processes[0].pid if rank else 0,
-                    preexec_fn=limit
-                    and (lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
-                )
-            )
+            options = dict(stdout=out, stderr=err, env=environment, process_group=group)
+            started.processes.append(subprocess.Popen(command, **options))
     return started
-
-
-def run_of(config: Config, work: Path, folder: Path, *flags: str, **options) -> Started:
-    """Start the run of a configuration."""
-    command = [str(ROOT / f"{config.script}.py"), *config.flags(work), "--output_dir", str(folder), *flags]
-    return start(command, folder, config.ranks, **options)
 
 
 def reference(config: Config, work: Path) -> Path:
     """The folder of the run that nobody killed; made when it is first asked for."""
-    if config.script == "ppo":
-        for script in ("sft", "reward"):  # the models that it starts from
-            if not (work / script).exists():
-                reference(Config(script), work).rename(work / script)
     folder = work / f"whole-{config}"
     if not folder.exists():
         started = run_of(config, work, folder)
-        if any(started.status()):
-            raise RuntimeError(f"{config} fails without a kill:\n{started.said()}{started.said('err')}")
+        assert not any(started.status()), started.said() + started.said("err")
     return folder
 
 
-# ---------------------------------------------------------------- moments
+def half_done(folder: Path) -> set[str]:
+    """What is going on in the folder: only older checkpoints than the newest whole one are removed."""
+    steps = [int(path.name[5:-5]) for path in folder.glob("checkpoints/step-*.part")]
+    newest = max([int(path.name[5:]) for path in common.whole(folder)], default=0)
+    return {"removal" if step < newest else "save" for step in steps}
 
 
-def newest_step(folder: Path) -> int | None:
-    """Of the newest checkpoint that has its whole name."""
-    steps = [path.name[5:] for path in folder.glob("checkpoints/step-*")]
-    return max([int(step) for step in steps if step.isdigit()], default=None)
-
-
-def half_done(folder: Path) -> dict[str, str]:
-    """The names of what a save or a removal has left half done, and which of both."""
-    try:
-        names = os.listdir(folder / "checkpoints")
-    except FileNotFoundError:
-        return {}
-    kinds = {r"step-\d+\.\d+\.part": "save", r"step-\d+\.part": "removal"}
-    return {name: kind for name in names for pattern, kind in kinds.items() if re.fullmatch(pattern, name)}
-
-
-def reach(moment: str, started: Started, draw: random.Random, seconds: float) -> bool:
+def reach(moment: str, started: Started, draw: random.Random) -> bool:
     """Wait until the moment, but for a random short time more; False if the run ended before."""
-    folder, before = started.folder, set(half_done(started.folder))
+    until = time.monotonic() + draw.uniform(0, 15)
     if moment == "any":
-        until = time.monotonic() + draw.uniform(0, seconds)
         return started.wait_for(lambda: time.monotonic() > until)
-    if not started.wait_for(lambda: " steps on " in started.said()):
+    if not started.wait_for(lambda: " steps on " in started.said()):  # what was left half done is gone now
         return False
-    if moment == "steps":
-        wait = draw.uniform(0, 1.5)
-    elif moment == "end":
-        ends = re.compile(r"step 8 train:|resumed from \S+step-8\b")
-        if not started.wait_for(lambda: ends.search(started.said())):
-            return False
-        wait = draw.uniform(0, 1.5)
-    else:
-        seen, nth = set(), draw.choice((1, 1, 1, 2))
-
-        def found() -> bool:
-            seen.update(name for name, kind in half_done(folder).items() if kind == moment and name not in before)
-            return len(seen) >= nth
-
-        if not started.wait_for(found, pause=0):  # a removal takes a millisecond
-            return False
-        wait = draw.uniform(0, 0.02) if moment == "save" else 0
-    time.sleep(wait)
+    if moment == "end" and not started.wait_for(lambda: re.search("step 6 of 6, train:|/step-6\n", started.said())):
+        return False
+    if moment in ("save", "removal") and not started.wait_for(lambda: moment in half_done(started.folder), pause=0):
+        return False
+    time.sleep(draw.uniform(0, {"save": 0.02, "removal": 0}.get(moment, 1)))  # a removal takes a millisecond
     return started.running()
 
 
@@ -225,13 +181,7 @@ def reach(moment: str, started: Started, draw: random.Random, seconds: float) ->
 
 
 def is_rate(name: str) -> bool:
-    return name.endswith("_per_s") or name.startswith("seconds_")
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl without times and rates."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [{name: value for name, value in line.items() if not is_rate(name)} for line in lines]
+    return name.endswith("_per_s") or "seconds_" in name
 
 
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -241,33 +191,24 @@ def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it would say that a run was resumed
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in sorted(events.Tags()["scalars"]) if not is_rate(tag.split("/")[1])]
+    tags = [tag for tag in sorted(events.Tags()["scalars"]) if not is_rate(tag)]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def differences(folder: Path, whole: Path) -> list[str]:
     """What is not as in the run that nobody killed, or is there twice, or should be gone."""
-    found, metrics, scalars = [], metrics_of(folder), scalars_of(folder)
-    twice = [key for key, count in Counter((line["step"], line["split"]) for line in metrics).items() if count > 1]
-    found += [f"metrics.jsonl has {key} twice" for key in twice]
-    found += [f"metrics.jsonl: {a} is not {b}" for a, b in zip(metrics, metrics_of(whole)) if a != b][:1]
-    found += ["metrics.jsonl has other lines"] * (len(metrics) != len(metrics_of(whole)))
-    found += [
-        f"TensorBoard: {tag} has steps {[step for step, _ in points]}"
-        for tag, points in scalars.items()
-        if [step for step, _ in points] != sorted({step for step, _ in points})
-    ][:3]
-    found += ["TensorBoard's scalars differ"] * (scalars != scalars_of(whole))
-    files = {path.relative_to(whole) for path in whole.glob("model/*") if path.name != "README.md"}  # names its folder
-    for path in sorted(files | {Path("eval.jsonl")}):
-        if (whole / path).exists() and (folder / path).read_bytes() != (whole / path).read_bytes():
-            found.append(f"{path} differs")
+    both = [lines(each / "metrics.jsonl") for each in (folder, whole)]
+    metrics, expected = ([{key: line[key] for key in line if not is_rate(key)} for line in each] for each in both)
+    found = [f"metrics.jsonl: {a} is not {b}" for a, b in zip(metrics, expected) if a != b][:1]
+    found += [f"metrics.jsonl has {len(metrics)} lines, not {len(expected)}"] * (len(metrics) != len(expected))
+    found += ["TensorBoard's scalars differ"] * (scalars_of(folder) != scalars_of(whole))
+    for path in sorted(path.relative_to(whole) for path in [*whole.glob("model/*"), *whole.glob("eval.jsonl")]):
+        found += [f"{path} differs"] * ((folder / path).read_bytes() != (whole / path).read_bytes())
     if (whole / "generations.json").exists():
-        ours, theirs = (json.loads((each / "generations.json").read_text(encoding="utf-8")) for each in (folder, whole))
-        texts = [[{**answer, "generator": ""} for answer in answers] for answers in (ours, theirs)]
-        found += ["generations.json differs"] * (texts[0] != texts[1])
-    found += [f"{path.name} is left" for path in [*folder.glob("*.part"), *folder.glob("checkpoints/*.part")]]
-    return found
+        texts = [json.loads((each / "generations.json").read_text(encoding="utf-8")) for each in (folder, whole)]
+        answers = [[answer | {"generator": ""} for answer in text] for text in texts]
+        found += ["generations.json differs"] * (answers[0] != answers[1])
+    return found + [f"{path.name} is left" for path in folder.rglob("*.part")]
 
 
 # ---------------------------------------------------------------- the whole
@@ -275,56 +216,40 @@ def differences(folder: Path, whole: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(OWN), help="scripts, with commas between")
-    parser.add_argument("--moments", default=",".join(MOMENTS), help="moments, with commas between")
-    parser.add_argument("--work", default="", help="folder for the runs; a temporary one if it is not given")
     options = parser.parse_args()
-    work = Path(options.work or tempfile.mkdtemp(prefix="kill-"))
-    work.mkdir(exist_ok=True)
+    work = prepare(Path(tempfile.mkdtemp(prefix="kill-")))
     os.environ.setdefault("PCRM_CACHE", str(work / "cache"))
-    draw, met, wrong, number, runs, resumes = random.Random(options.seed), Counter(), [], 0, 0, 0
-    began = time.monotonic()
+    draw, met, wrong, began = random.Random(options.seed), Counter(), [], time.monotonic()
+    number = runs = resumes = 0
     while number < options.kills:
         script, ranks = draw.choice(options.only.split(",")), draw.choice((1, 2))
         config = Config(script, ranks, draw.choice((0, 2, 3)), draw.choice(("fp32", "fp32", "bf16")))
-        launcher, keep = ranks == 2 and draw.random() < 0.2, draw.choice((1, 2))
-        moments = draw.choices(options.moments.split(","), k=draw.choice((1, 2, 3, 4)))
-        moments = moments[: options.kills - number]
-        clock = time.monotonic()
-        whole = reference(config, work)
-        seconds = time.monotonic() - clock if time.monotonic() - clock > 2 else 10  # of a run, about
-        folder, runs, start_again = work / f"run-{runs}", runs + 1, False
-        name = f"{config}{' launcher' * launcher}"
-        while True:
-            newest, before = newest_step(folder), set(half_done(folder))
-            started = run_of(config, work, folder, "--keep", str(keep), "--resume", launcher=launcher)
-            moment = moments.pop(0) if moments else None
-            killed = moment and reach(moment, started, draw, seconds)
+        launcher, keep = ranks == 2 and draw.random() < 0.2, draw.choice("12")
+        moments = draw.choices(MOMENTS, k=min(draw.choice((1, 2, 3, 4)), options.kills - number))
+        whole, folder, name = reference(config, work), work / f"run-{runs}", f"{config}{' launcher' * launcher}"
+        runs, killed = runs + 1, True
+        while killed:
+            newest = [path.name for path in common.whole(folder)][-1:]
+            started = run_of(config, work, folder, "--keep", keep, "--resume", launcher=launcher)
+            killed = bool(moments) and reach(moment := moments.pop(0), started, draw)
             if killed:
                 started.kill()
             status, said = started.status(), started.said()
-            number, resumes = number + bool(killed), resumes + start_again
+            number, resumes, left = number + killed, resumes + bool(newest), common.whole(folder)
             if killed:
-                left = {kind for name, kind in half_done(folder).items() if name not in before}
-                inside = next(iter(sorted(left)), "neither")
+                inside = next(iter(half_done(folder) if " steps on " in said else ()), "neither")
                 met[inside] += 1
-                steps = f"newest checkpoint {newest_step(folder)}"
-                print(f"kill {number}: {name} keep {keep}, moment {moment}, in {inside}, {steps}", flush=True)
-            if " steps on " in said and newest is not None and f"step-{newest}\n" not in said:
-                wrong.append(f"{folder} ({name}): did not go on from step {newest}: {said}")
-            if newest is not None and (newest_step(folder) or 0) < newest:
-                wrong.append(f"{folder} ({name}): the checkpoint of step {newest} is gone")
-            start_again = True
-            if not killed:
-                break
-        if any(status) or "Traceback" in started.said("err"):
-            wrong.append(f"{folder} ({name}): status {status}\n{said}{started.said('err')}")
-        else:
-            found = differences(folder, whole)
-            wrong += [f"{folder} ({name}): {what}" for what in found]
-            print(f"  {name}: {'; '.join(found) or 'as if nobody had killed it'}", flush=True)
+                print(f"kill {number}: {name} keep {keep}, moment {moment}, in {inside}, left {left[-1:]}", flush=True)
+            if " steps on " in said and newest and f"{newest[0]}\n" not in said:
+                wrong.append(f"{folder} ({name}): did not go on from {newest[0]}: {said}")
+            if newest and (not left or int(left[-1].name[5:]) < int(newest[0][5:])):
+                wrong.append(f"{folder} ({name}): {newest[0]} is gone")
+        found = [f"{status}\n{said}{started.said('err')}"] if any(status) else differences(folder, whole)
+        wrong += [f"{folder} ({name}): {what}" for what in found]
+        print(f"  {name}: {'; '.join(found) or 'as if nobody had killed it'}", flush=True)
     inside = ", ".join(f"{met[kind]} in a {kind}" for kind in ("save", "removal"))
     print(f"{number} kills ({inside}) of {runs} runs, {resumes} resumes, {time.monotonic() - began:.0f} s")
     print("\n".join(wrong) or "nothing lost")

@@ -110,8 +110,8 @@ def test_intervals_of_five_seeds_hold_the_truth_84_times_in_100():
 
 def test_differences_are_paired():
     """Seeds 1 and 2 of `none` and 2 and 3 of `cos_sim`, in another order: one difference, that of seed 2."""
-    rows = [dict(arm=arm, seed=seed, x=x) for arm, seed, x in (("cos_sim", 3, 7.0), ("cos_sim", 2, 5.0),
-            ("none", 2, 1.0), ("none", 1, 3.0))]  # fmt: skip
+    some = [("cos_sim", 3, 7.0), ("cos_sim", 2, 5.0), ("none", 2, 1.0), ("none", 1, 3.0)]
+    rows = [dict(experiment="reward", arm=arm, seed=seed, x=x) for arm, seed, x in some]
     found = evidence.compared(rows, {"x": lambda row: row["x"]})
     assert list(found) == ["none", "cos_sim"]
     assert sorted(found["cos_sim"][0][0]) == [5, 7] and list(found["cos_sim"][0][1]) == [4]
@@ -127,13 +127,14 @@ def test_the_readme_is_that_of_the_results():
     records = evidence.lines(evidence.ROOT / "tests" / "evidence.jsonl")
     assert "NaN" not in (evidence.ROOT / "tests" / "evidence.jsonl").read_text(encoding="utf-8")
     names = [(r["experiment"], r["arm"], r["seed"], r["epochs"]) for r in records]
-    assert len(set(names)) == len(names) and {arm for _, arm, _, _ in names} <= set(evidence.ARMS)
+    assert len(set(names)) == len(names) and all(arm in evidence.ARMS[name] for name, arm, _, _ in names)
     assert evidence.summary(records) in (evidence.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_experiment_runs(toy, tmp_path, monkeypatch, capsys):
     """Two steps of each run on a few pairs, then all tables and pictures; a second call has nothing to do."""
-    monkeypatch.setattr(evidence, "PAIRS", {"train": 32, "eval": 16})
+    monkeypatch.setattr(evidence, "PAIRS", {"train": 32, "eval": 16, "real": 32})
+    monkeypatch.setattr(evidence, "EPOCHS", (1,))
     monkeypatch.setattr(evidence, "LONG", 1)
     monkeypatch.setattr(evidence, "POOL", 4)
     monkeypatch.setattr(evidence, "BEST_OF", [1, 2, 4])
@@ -145,11 +146,11 @@ def test_every_experiment_runs(toy, tmp_path, monkeypatch, capsys):
         return parse(script, preset, [*argv, "--max_steps", "2"])
 
     monkeypatch.setattr(common, "parse_args", few)
-    monkeypatch.setattr(evidence, "REAL_ARMS", ["none"])
+    monkeypatch.setitem(evidence.ARMS, "real", ["none"])
     evidence.build(tmp_path / "more", 1)
     pairs = [tmp_path / "more" / f"pairs_{split}.jsonl" for split in ("train", "eval")]
-    argv = f"--seeds 1 --epochs 1 --results {tmp_path}/all.jsonl --folder {tmp_path}/runs --pictures {tmp_path} "
-    argv += f"--model {toy} --data {pairs[0]} --eval_data {pairs[1]} --pairs 32"
+    argv = f"--seeds 1 --results {tmp_path}/all.jsonl --folder {tmp_path}/runs --pictures {tmp_path} "
+    argv += f"--model {toy} --data {pairs[0]} --eval_data {pairs[1]}"
     arms = "none;cos_sim;smoothing;none/own;cos_sim/other;none/own/no clip;IPO"
     monkeypatch.setattr("sys.argv", ["evidence.py", *argv.split(), "--arms", arms])
     evidence.main()

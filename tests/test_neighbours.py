@@ -1,4 +1,4 @@
-"""What other programs make of the files of a run: transformers, TRL, AlpacaEval and the Hub's model card."""
+"""What other programs make of the files of a run: transformers, TRL, AlpacaEval."""
 
 import common
 
@@ -8,7 +8,6 @@ import re
 import shutil
 
 import datasets
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -69,7 +68,7 @@ def test_generation_ends_at_eos(runs, tokenizer, name):
     """`generate` without a setting of ours: a row ends where the model says EOS first, and not at any other token."""
     folder, eos = runs / name / "model", tokenizer.eos_token_id
     saved = json.loads((folder / "generation_config.json").read_text())
-    assert saved["eos_token_id"] == eos == transformers.AutoTokenizer.from_pretrained(folder).eos_token_id
+    assert saved["eos_token_id"] == [eos] == [transformers.AutoTokenizer.from_pretrained(folder).eos_token_id]
     assert not saved.keys() & {"do_sample", "top_k", "max_length", "suppress_tokens"}
 
     model, said = CAUSAL.from_pretrained(folder), [9, 7, eos, 11, 12]  # 7 ended the starting model's texts, 9 was never
@@ -84,49 +83,45 @@ def test_generation_ends_at_eos(runs, tokenizer, name):
     assert model.generate(ids, max_new_tokens=5)[0, ids.shape[1] :].tolist() == said[:3]
 
 
-# ---------------------------------------------------------------- the model card
+# ---------------------------------------------------------------- scores by the README's lines
+
+EACH, ASK = "{% for m in messages %}", "{% endfor %}{% if add_generation_prompt %}"
+TEMPLATES = {  # what stands before a turn, what ends it, and what is written behind a whole conversation
+    "chatml": ("<|im_start|>", "<|im_end|>\\n", ""),
+    "gemma": ("<start_of_turn>", "<end_of_turn>\\n", ""),
+    "phi3": ("<|turn|>", "<|end|>\\n", "{{ eos_token }}"),
+    "glm": ("<|turn|>", "", ""),
+}
 
 
-def card_tables(text: str) -> dict[str, dict[str, str]]:
-    """{heading: {name: value}} of a card's tables."""
-    tables = re.findall(r"(?m)^\| (.+?) \| \|\n\| --- \| --- \|\n((?:\|.*\n)*)", text)
-    return {head: dict(re.findall(r"(?m)^\| (.+?) \| (.*) \|$", rows)) for head, rows in tables}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_model_card(runs, name):
-    """It can be read as the Hub reads it, and says what trained the model, on what, how it did, and how to load it."""
-    out = runs / name
-    card = huggingface_hub.ModelCard.load(out / "model" / "README.md")
-    assert card.data.to_dict() == {"library_name": "transformers", "tags": ["pcrm"]}
-    assert f"`{name}.py`" in card.text and "2404.00978" in card.text
-    tables = card_tables(card.text)
-
-    first, *_, last = [line for line in lines(out / "metrics.jsonl") if line["split"] == "eval"]
-    last = {key: value for key, value in last.items() if key != "split" and value is not None}
-    found = {key: float(value) for key, value in tables["on held-out rows"].items()}
-    assert found == pytest.approx(last, rel=1e-3) and found != pytest.approx(first, rel=1e-3)
-    assert name not in ("dpo", "reward") or found["over_bound"] == 0
-
-    flags = {key: str(value) for key, value in json.loads((out / "args.json").read_text()).items() if value != ""}
-    assert tables["trained with"] == flags
-    assert flags["dataset"] == str(runs / "rows.jsonl") and flags["max_steps"] == "2"
-    assert flags.get("constraint") == ("fixed" if name in ("dpo", "reward") else None)
-
-    (auto_class,) = re.findall(r"`transformers\.(\w+)\.from_pretrained\(folder\)`", card.text)
-    model, info = getattr(transformers, auto_class).from_pretrained(out / "model", output_loading_info=True)
-    assert not any(info.values()) and model.config.pad_token_id is not None
-    assert transformers.AutoTokenizer.from_pretrained(out / "model").eos_token == "</s>"
-
-
-def test_a_card_says_whole_numbers_and_zeros_as_they_are(process, tmp_path):
-    """Steps beyond four digits, and a figure of 0, which is one: none over the bound. One that is null is left out."""
-    evaluated = dict(step=123456, split="eval", loss=1.23456789, over_bound=0.0, ranked_spearman=None)
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(evaluated) + "\n")
-    (tmp_path / "model").mkdir()
-    common.write_card(tmp_path, reward.Args(), "AutoModelForSequenceClassification", process)
-    found = card_tables((tmp_path / "model" / "README.md").read_text())["on held-out rows"]
-    assert found == {"step": "123456", "loss": "1.235", "over_bound": "0"}
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_score_of_a_conversation(train, toy, tmp_path, name):
+    """The README's lines give the scores of eval.jsonl, where another token would give another score."""
+    before, end, last = TEMPLATES[name]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(toy)
+    special = [token for token in (before, end.removesuffix("\\n")) if token]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    turn = "{{ '" + before + "' + m['role'] + '\\n' + m['content'] + '" + end + "' }}"
+    ask = "{{ '" + before + "assistant\\n' }}"
+    tokenizer.chat_template = EACH + turn + ASK + ask + ("{% else %}" + last if last else "") + "{% endif %}"
+    config = transformers.AutoConfig.from_pretrained(
+        toy, num_labels=1, vocab_size=len(tokenizer), initializer_range=0.5
+    )
+    CLASSIFIER.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked = [{"role": "user", "content": "Where is the milk?"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Aisle 3.", "No idea, go. ")]
+    data = rows_file(tmp_path, {"prompt": asked, "chosen": answers[0], "rejected": answers[1]})
+    train(f"--epochs 0 --model {tmp_path}/model --eval_dataset {data} --output_dir {tmp_path}/out")
+    (line,) = lines(tmp_path / "out" / "eval.jsonl")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(ids = tokenizer\(tokenizer[^`]*)```", readme)
+    for side, answer in zip(("chosen_score", "rejected_score"), answers):
+        names = {"tokenizer": tokenizer, "torch": torch, "turns": asked + answer}
+        names["model"] = CLASSIFIER.from_pretrained(tmp_path / "model")
+        exec(code, names)
+        assert names["score"] == pytest.approx(line[side], abs=1e-4)
+        assert names["ids"][-1:] != [names["tokenizer"].pad_token_id]
 
 
 # ---------------------------------------------------------------- AlpacaEval
@@ -184,41 +179,6 @@ def score(folder, ids: list[int]) -> float:
     """The reward model's, read at the last token."""
     with torch.no_grad():
         return CLASSIFIER.from_pretrained(folder)(torch.tensor([ids])).logits.item()
-
-
-@pytest.mark.parametrize("kind", ["RLOO", "GRPO"])
-def test_a_reward_model_in_trl(alone, runs, tokenizer, tmp_path, kind):
-    """The policy of sft.py, and reward.py's folder as the reward: it gets the text without BOS and EOS, and TRL logs
-    the score of that. A function of the README's lines gives the score with both, that of training."""
-    trl = neighbour("trl")
-    folder, seen = str(runs / "reward" / "model"), []
-    model = CLASSIFIER.from_pretrained(folder)
-
-    def with_both_ends(prompts, completions, completion_ids, **_):
-        rows = [tokenizer(prompt).input_ids + ids for prompt, ids in zip(prompts, completion_ids)]
-        seen.extend(zip(prompts, completions, completion_ids))
-        with torch.no_grad():
-            return [model(torch.tensor([row])).logits.item() for row in rows]
-
-    config = settings(
-        getattr(trl, f"{kind}Config"), tmp_path, num_generations=2, max_completion_length=8, temperature=1.0
-    )
-    trainer = getattr(trl, f"{kind}Trainer")(
-        model=str(runs / "sft" / "model"),
-        reward_funcs=[folder, with_both_ends],
-        args=config,
-        train_dataset=datasets.Dataset.from_dict({"prompt": PROMPTS}),
-    )
-    trainer.train()
-    logged = trainer.state.log_history[0]
-    assert len(seen) == 4
-    as_text = [tokenizer(p + c, add_special_tokens=False).input_ids for p, c, _ in seen]
-    as_trained = [tokenizer(p).input_ids + ids for p, _, ids in seen]
-    for name, rows in (("model", as_text), ("with_both_ends", as_trained)):
-        scores = torch.tensor([score(folder, row) for row in rows])
-        assert logged[f"rewards/{name}/mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
-        assert logged[f"rewards/{name}/std"] == pytest.approx(scores.std().item(), abs=1e-5)
-        assert scores.std() > 1e-3
 
 
 def test_the_readmes_trainer_in_trl(alone, runs, tokenizer, tmp_path):

@@ -1,7 +1,6 @@
 """The embedded task: a shop clerk is asked where goods are. Writes the files of `data/`, and scores answers.
 
-    python tests/toy_data.py            write data/ again (a function of SEED: the files do not change)
-    python tests/toy_data.py --check    exit 1 if the files differ from what would be written
+    python tests/toy_data.py    writes data/ again (a function of SEED: the files do not change, which a test checks)
 
 The quality of an answer is known here: `gold_score` reads it off the text by rules. Preferences are sampled from it by
 Bradley-Terry, P(a is chosen over b) = σ(gold(a) - gold(b)), so that labels are noisy as people's are, and whatever a
@@ -16,54 +15,38 @@ import json
 import math
 import random
 import re
-import sys
 import tempfile
 from pathlib import Path
 
 SEED = 42
 DATA = Path(__file__).resolve().parent.parent / "data"
 
-AISLES = {
-    1: ["apples", "carrots", "onions"],
-    2: ["milk", "butter", "cheese"],
-    3: ["bread", "flour", "rice"],
-    4: ["soap", "towels", "candles"],
-}
-AISLE_OF = {good: aisle for aisle, goods in AISLES.items() for good in goods}
-
+AISLES = ["apples carrots onions", "milk butter cheese", "bread flour rice", "soap towels candles"]  # 1 to 4
+AISLE_OF = {good: aisle for aisle, goods in enumerate(AISLES, 1) for good in goods.split()}
 OPENINGS = ["", "Hello! ", "Excuse me. "]
 QUESTIONS = [
-    "Where do I find {good}?",
-    "Which aisle has {good}?",
-    "Do you sell {good}?",
-    "I am looking for {good}.",
-    "I need some {good}, please.",
-    "Could you tell me where the {good} are kept?",
-    "Is there any {good} left?",
+    "Where do I find {good}?", "Which aisle has {good}?", "Do you sell {good}?", "I am looking for {good}.",
+    "I need some {good}, please.", "Could you tell me where the {good} are kept?", "Is there any {good} left?",
     "My mother sent me to buy {good}.",
-]
-
+]  # fmt: skip
 POLITE = ["Of course!", "Happy to help!", "Thank you for asking!", "Have a nice day!"]
 RUDE = ["Are you blind?", "Do not waste my time.", "Look for it yourself."]
 FILLER = [
-    "We open at eight every morning.",
-    "This shop has many long shelves.",
-    "It has been a busy week for all of us.",
-    "My cousin used to work here as well.",
-    "They painted the door green last year.",
-]
+    "We open at eight every morning.", "This shop has many long shelves.", "It has been a busy week for all of us.",
+    "My cousin used to work here as well.", "They painted the door green last year.",
+]  # fmt: skip
 LOCATIONS = [
-    "Aisle {aisle}.",
-    "Go to aisle {aisle}.",
-    "You will find {good} in aisle {aisle}.",
+    "Aisle {aisle}.", "Go to aisle {aisle}.", "You will find {good} in aisle {aisle}.",
     "We keep {good} in aisle {aisle}.",
-]
+]  # fmt: skip
+LOCATION = "|".join(re.escape(t).replace(r"\{aisle\}", r"\d+").replace(r"\{good\}", r"\w+") for t in LOCATIONS)
 UNSURE = "I am not sure."
 
 # The scale decides how certain the labels are: a right aisle against a wrong one differs by 8, so its label is wrong
 # once in 3,000; a polite sentence more or less is worth 1, and its label is wrong once in four.
 RIGHT_AISLE, WRONG_AISLE, NO_AISLE = 4.0, -4.0, -1.0
-POLITENESS, RUDENESS, FILLERS, REPETITION, GIBBERISH = 1.0, -2.5, -0.5, -1.5, -2.0
+POLITENESS, REPETITION, GIBBERISH = 1.0, -1.5, -2.0
+SENTENCES = dict.fromkeys(RUDE, -2.5) | dict.fromkeys(FILLER, -0.5) | dict.fromkeys([*POLITE, UNSURE], 0.0)
 
 
 def sentences(text: str) -> list[str]:
@@ -81,19 +64,9 @@ def gold_score(prompt: str, response: str) -> float:
     score = NO_AISLE if named is None else RIGHT_AISLE if int(named[1]) == AISLE_OF.get(good) else WRONG_AISLE
     score += POLITENESS * any(part in POLITE for part in parts)
     for i, part in enumerate(parts):
-        known = part in POLITE or part == UNSURE or re.fullmatch(_LOCATION, part) is not None
-        if part in parts[:i]:
-            score += REPETITION
-        elif part in RUDE:
-            score += RUDENESS
-        elif part in FILLER:
-            score += FILLERS
-        elif not known:
-            score += GIBBERISH
+        other = 0.0 if re.fullmatch(LOCATION, part) else GIBBERISH
+        score += REPETITION if part in parts[:i] else SENTENCES.get(part, other)
     return score
-
-
-_LOCATION = "|".join(re.escape(t).replace(r"\{aisle\}", r"\d+").replace(r"\{good\}", r"\w+") for t in LOCATIONS)
 
 
 def prompt_text(opening: str, question: str, good: str) -> str:
@@ -101,8 +74,12 @@ def prompt_text(opening: str, question: str, good: str) -> str:
     return f"Customer: {opening}{question.format(good=good)}\nClerk:\n"
 
 
+def wrong_aisle(rng: random.Random, good: str) -> int:
+    return rng.choice([aisle for aisle in (1, 2, 3, 4) if aisle != AISLE_OF[good]])
+
+
 def location(rng: random.Random, good: str, right: float) -> str:
-    aisle = AISLE_OF[good] if rng.random() < right else rng.choice([a for a in AISLES if a != AISLE_OF[good]])
+    aisle = AISLE_OF[good] if rng.random() < right else wrong_aisle(rng, good)
     return rng.choice(LOCATIONS).format(good=good, aisle=aisle)
 
 
@@ -115,23 +92,17 @@ def answer(rng: random.Random, good: str, right: float = 0.5) -> list[str]:
         parts.insert(rng.randint(0, len(parts)), rng.choice(RUDE))
     for filler in rng.sample(FILLER, rng.choice([0, 0, 0, 1, 1, 2, 3])):
         parts.insert(rng.randint(0, len(parts)), filler)
-    if rng.random() < 0.12:
-        parts.append(parts[-1])
-    if rng.random() < 0.25:
-        parts.append(POLITE[3])
-    return parts
+    parts += parts[-1:] * (rng.random() < 0.12)
+    return parts + POLITE[3:] * (rng.random() < 0.25)
 
 
 def edited(rng: random.Random, good: str, parts: list[str]) -> list[str]:
     """A near copy: one sentence replaced, added or taken away."""
-    parts = list(parts)
-    places = [i for i, part in enumerate(parts) if "isle" in part]
-    kind = rng.random()
-    if kind < 0.55 and places:
-        i = places[0]
-        current = int(re.search(r"\d+", parts[i])[0])
-        wrong = rng.choice([a for a in AISLES if a != AISLE_OF[good]])
-        parts[i] = re.sub(r"\d+", str(wrong if current == AISLE_OF[good] else AISLE_OF[good]), parts[i])
+    parts, kind, right = list(parts), rng.random(), str(AISLE_OF[good])
+    named = [i for i, part in enumerate(parts) if "isle" in part]
+    if kind < 0.55 and named:
+        wrong, old = str(wrong_aisle(rng, good)), parts[named[0]]
+        parts[named[0]] = re.sub(r"\d+", wrong if right in old else right, old)
     elif kind < 0.7:
         parts.insert(rng.randint(0, len(parts)), rng.choice(RUDE))
     elif kind < 0.8:
@@ -144,17 +115,14 @@ def edited(rng: random.Random, good: str, parts: list[str]) -> list[str]:
 
 
 def preference(rng: random.Random, prompt: str, good: str, near_copy: bool) -> dict[str, str]:
-    while True:
+    a = b = None
+    while a == b:
         a = answer(rng, good)
         b = edited(rng, good, a) if near_copy else answer(rng, good)
-        if rng.random() < 0.5:
-            a, b = b, a
-        a, b = " ".join(a), " ".join(b)
-        if a != b:
-            break
+        a, b = (b, a) if rng.random() < 0.5 else (a, b)
+    a, b = " ".join(a), " ".join(b)
     a_wins = rng.random() < 1 / (1 + math.exp(gold_score(prompt, b) - gold_score(prompt, a)))
-    chosen, rejected = (a, b) if a_wins else (b, a)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a}
 
 
 def build() -> dict[str, list[dict]]:
@@ -195,59 +163,38 @@ def build_toy(files: dict[str, list[dict]]) -> dict[str, str]:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    names, letters = ["<pad>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=names, initial_alphabet=letters, show_progress=False)
     rows = [row for name, rows in sorted(files.items()) if name.endswith("_train.jsonl") for row in rows]
     bpe.train_from_iterator((text for row in rows for text in row.values()), trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=1024
     )
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        architectures=["LlamaForCausalLM"],
-        dtype=torch.float32,
-    )
+    sizes = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
+    tokens = dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    rest = dict(max_position_embeddings=1024, initializer_range=0.1, tie_word_embeddings=True, dtype=torch.float32)
+    config = transformers.LlamaConfig(**sizes, **tokens, **rest, architectures=["LlamaForCausalLM"])
     with tempfile.TemporaryDirectory() as folder:
         for part in (tokenizer, config, transformers.GenerationConfig.from_model_config(config)):
             part.save_pretrained(folder)
         return {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
 
 
-def same(written: str, text: str) -> bool:
-    """Whether two files say the same, whichever release of transformers wrote them."""
-    version = r'"transformers_version": "[^"]*"'
-    return re.sub(version, "", written) == re.sub(version, "", text)
+def same(*texts: str) -> bool:
+    """Whether files say the same, whichever release of transformers wrote them."""
+    return len({re.sub(r'"transformers_version": "[^"]*"', "", text) for text in texts}) == 1
 
 
-def main() -> int:
-    changed, files = [], build()
+def main() -> None:
+    files = build()
     texts = {name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in files.items()}
-    texts |= {f"toy/{name}": text for name, text in build_toy(files).items()}
-    for name, text in texts.items():
+    for name, text in (texts | {f"toy/{name}": text for name, text in build_toy(files).items()}).items():
         path = DATA / name
         if not path.exists() or not same(path.read_text(encoding="utf-8"), text):
-            changed.append(name)
-            if "--check" not in sys.argv:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-    print("changed: " + ", ".join(changed) if changed else "data/ is as the generator writes it")
-    return 1 if changed and "--check" in sys.argv else 0
+            path.write_text(text, encoding="utf-8")
+            print(f"changed: {name}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
