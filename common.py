@@ -345,9 +345,8 @@ def cached(kind: str, content: list, compute, process: Process) -> torch.Tensor:
 def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
     """Make --output_dir, runs/<script>-<constraint>-<time> by default, with args.json in it.
 
-    `outputs` is what the script writes there, the last one at its end. Only a run that was cut off before its first
-    checkpoint is replaced without --overwrite. --resume ends the process where the run is finished. InputError for a
-    folder of something else, and for --resume with other flags.
+    `outputs` is what the script writes there, the last one at its end, where --resume then ends the process. Only a run
+    without a checkpoint is replaced unasked. InputError for a folder of something else, or other flags with --resume.
     """
 
     def make() -> str:
@@ -395,10 +394,9 @@ def on_signals(handler) -> None:
 
 
 class Checkpoints:
-    """checkpoints/step-N: all that decides the rest of a run, from which --resume goes on to the same bits.
+    """checkpoints/step-N, every --save_every steps and after SIGTERM or SIGINT: --resume goes on to the same bits.
 
-    Written every --save_every steps, and after the step in which SIGTERM or SIGINT comes. `step` and `state` (what the
-    script wants back) are those of the checkpoint that this run goes on from; without one 0 and empty.
+    `step` and `state` (what the script wants back) are those of the checkpoint gone on from; without one 0 and empty.
     """
 
     def __init__(self, folder: Path, metrics, args, process: Process, rows, **engines):
@@ -409,14 +407,13 @@ class Checkpoints:
         needless = "encoder" if getattr(args, "constraint", "") != "cos_sim" else ""
         models = {name: getattr(args, name, "") for name in MODELS.split() if name != needless}
         # By content, read now: files may change while the run goes on, or come to lie elsewhere.
-        self.same = on_rank_0(
-            process,
-            lambda: {
-                "the number of ranks": process.world_size,
-                "the rows": [digest(file["filename"] for file in part.cache_files) for part in rows],
-                **{f"--{name}": model_version(path) for name, path in models.items() if path},
-            },
-        )
+        files = [[file["filename"] for file in part.cache_files] for part in rows]
+        same = {
+            "the number of ranks": process.world_size,
+            "the rows": on_rank_0(process, lambda: [*map(digest, files)]),
+        }
+        versions = on_rank_0(process, lambda: {name: path and model_version(path) for name, path in models.items()})
+        self.same = same | {f"--{name}": version for name, version in versions.items()}
         newest = on_rank_0(process, lambda: whole(folder)[-1] if args.resume and whole(folder) else None)
         if newest:
             saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
@@ -564,9 +561,7 @@ def encoded(rows, encode, notes: Path):
             read, every, kept = read | row.read, every | row.keys(), kept + bool(result)
             for name in row.keys() - row.read if result else ():
                 if name in "question query input system history context".split() and row[name]:
-                    raise ValueError(
-                        f"its column {name!r} would not be read: rename it to prompt, join them or remove it"
-                    )
+                    raise ValueError(f"its column {name!r} would not be read: rename it to prompt, join or remove it")
         if result:  # lists as arrays, since one without elements has no type
             yield {name: np.array(v, np.int32) if isinstance(v, list) else v for name, v in result.items()}
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
@@ -579,8 +574,7 @@ def encoded(rows, encode, notes: Path):
 def load_rows(flag: str, name: str, split: str, encode, process: Process) -> datasets.Dataset:
     """The columns that `encode(row)`, a functools.partial, makes of each row; those that are Unusable are left out.
 
-    The first rank of each machine encodes them and keeps them on disk, where all read them without a copy in memory; a
-    later start encodes nothing.
+    The first rank of each machine encodes them, once for all starts, to disk, where all read them without a copy.
     """
 
     def build() -> tuple[Path, str]:
@@ -1046,10 +1040,7 @@ class Metrics:
 
 
 def toy_model() -> str:
-    """The folder of the embedded task's starting model, a Llama of 0.9 million parameters with random weights.
-
-    Made at first use; an ordinary Hugging Face folder from then on.
-    """
+    """The folder of the embedded task's starting model, a Llama of 0.9 million random weights, made at first use."""
     folder = cache_path("toy", digest(sorted((DATA / "toy").iterdir())))
     if not folder.exists():
         with torch.random.fork_rng(devices=[]):
@@ -1062,11 +1053,8 @@ def toy_model() -> str:
 
 
 def load_tokenizer(path: str, trust_remote_code: bool):
-    """The model's tokenizer, with EOS and a padding token that is not EOS; no token is added to the vocabulary.
-
-    Scores are read at the last token that is not padding, by Transformers and by those who load the model: if padding
-    were EOS, they would be read before EOS. A tokenizer without a padding token of its own lends an unused special
-    token (Llama-2: <unk>).
+    """The model's tokenizer, with EOS and a padding token that is not EOS, for scores are read, by others too, at the
+    last token that is not padding. One without it lends an unused special token (Llama-2: <unk>); none is added.
     """
     with naming(f"tokenizer {path}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -1210,10 +1198,7 @@ def load_reward_model(flag: str, path: str, args, tokenizer, engine_config: dict
 
 
 def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, **inputs) -> torch.Tensor:
-    """log π of each label (R, T) that is not -100, at a temperature, row after row: (N,) fp32.
-
-    The vocabulary head sees no other position.
-    """
+    """log π of each label (R, T) that is not -100, row after row: (N,) fp32. The head sees no other position."""
     keep = labels != NO_LABEL  # R T
     logits = model(logits_to_keep=keep, use_cache=False, **inputs).logits  # N V
     logits = logits[keep] if logits.dim() == 3 else logits  # a model with code of its own may keep all

@@ -45,9 +45,7 @@ class Args:
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
-    policy_model: str = (
-        tyro.MISSING
-    )  # Folder or Hub id of the SFT model: where the policy starts, and the frozen reference.
+    policy_model: str = tyro.MISSING  # Folder or Hub id of the SFT model: the policy's start and frozen reference.
     reward_model: str = tyro.MISSING  # Folder or Hub id, with the same tokenizer: frozen, and where the critic starts.
     judge_model: str = ""  # A second reward model for evaluation: its score, and the win rate against the SFT answers.
     dataset: str = str(common.DATA / "prompts_train.jsonl")
@@ -480,10 +478,7 @@ def main(args: Args) -> None:
             }
             state["below_zero"] = state["below_zero"] + 1 if kl.mean() < -1e-3 else 0
             if state["below_zero"] == 5:
-                process.print(
-                    f"warning: step {step}: the mean KL has been below 0 for 5 steps, which a KL cannot be: "
-                    "the responses are not drawn from the policy's own distribution"
-                )
+                process.print(f"warning: step {step}: KL below 0 for 5 steps: the samples are not the policy's own")
             state["too_far"] = bool(0 < args.max_kl < kl.mean())
             if metrics.add(step, values, last=state["too_far"], prompts=len(batch)):
                 first = [rollout.prompts[0], rollout.responses[0]]

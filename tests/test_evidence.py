@@ -151,15 +151,14 @@ def test_every_experiment_runs(toy, tmp_path, monkeypatch, capsys):
     pairs = [tmp_path / "more" / f"pairs_{split}.jsonl" for split in ("train", "eval")]
     argv = f"--seeds 1 --results {tmp_path}/all.jsonl --folder {tmp_path}/runs --pictures {tmp_path} "
     argv += f"--model {toy} --data {pairs[0]} --eval_data {pairs[1]}"
-    arms = "none;cos_sim;smoothing;none/own;cos_sim/other;none/own/no clip;IPO"
+    arms = "none;cos_sim;none/own;cos_sim/other;IPO"
     monkeypatch.setattr("sys.argv", ["evidence.py", *argv.split(), "--arms", arms])
     evidence.main()
     records, first = evidence.lines(tmp_path / "all.jsonl"), capsys.readouterr().out
     found = [(r["experiment"], r["arm"]) for r in records]
     assert found == [("embedded", "none"), ("embedded", "cos_sim"),
-                     ("reward", "none"), ("reward", "cos_sim"), ("reward", "smoothing"),
-                     ("ppo", "none/own"), ("ppo", "cos_sim/other"), ("ppo", "none/own/no clip"),
-                     ("dpo", "none"), ("dpo", "cos_sim"), ("dpo", "smoothing"), ("dpo", "IPO"),
+                     ("reward", "none"), ("reward", "cos_sim"), ("ppo", "none/own"), ("ppo", "cos_sim/other"),
+                     ("dpo", "none"), ("dpo", "cos_sim"), ("dpo", "IPO"),
                      ("real", "none")]  # fmt: skip
     by = dict(zip(found, records))
     own, other = (by["ppo", arm]["σ₀"] for arm in ("none/own", "cos_sim/other"))
