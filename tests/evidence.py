@@ -20,6 +20,9 @@ Experiments
     reward  8 ways to train x 1, 3, 5, 15 epochs: ranking, calibration, best-of-n, how often the bound binds
     ppo     reward model (none, cos_sim; 15 epochs) x units (its own; the other's spread σ₀), with the score clip and
             without; 160 steps
+    spread  the question of ppo again, on seeds 6 to 15 and one machine: reward models none and cos_sim after 15 epochs,
+            none after 5 (early stopping, the rival that costs nothing), each score divided by its model's own σ₀ over
+            one pool of 4,608 answers; no score clip
     dpo     none, cos_sim, fixed 1, label smoothing, IPO; gold and KL at checkpoints
     real    a real language model on real pairs: none, cos_sim, cos_sim shuffled; 1 and 3 epochs
 
@@ -37,6 +40,11 @@ step 80 of 240, hence 160.
     best-of-n  Ties: intervals of the differences at n = 256 hold 0. Gold turns down for none of them.
     ppo     The raw score grows half as far with cos_sim in its own units; G grows alike. The units decide how far the
             policy goes: with the other's, the curves of gold over √KL change places. At equal √KL both tie.
+    spread  End points, named before the runs: gold, mean of the last 30 steps (it decides); gold at √KL 1.5 and at 2;
+            growth of the score over σ₀ in the last 30. Intervals are Student's t over the paired differences of the
+            seeds, 95 %. `cos_sim` is better (worse) than another arm where the interval of gold lies above (below) 0; a
+            tie is an interval within ±1; all else is undecided. Prediction: undecided against `none` after 15 epochs,
+            worse than `none` after 5. The phrase becomes more frequent and right aisles rarer wherever gold turns down.
     dpo     `cos_sim` is `none`. `fixed` 1 and IPO stop at a smaller KL, on the same curve of gold over √KL.
     real    Ties within the interval of 800 pairs (3.4 points), both after 1 and after 3 epochs; margins differ after 3.
 """
@@ -44,8 +52,13 @@ step 80 of 240, hence 160.
 import argparse
 import functools
 import json
+import os
+import platform
 import random
+import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -54,6 +67,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import common  # before torch
 
+import deepspeed
 import filelock
 import numpy as np
 import torch
@@ -79,11 +93,13 @@ ARMS = {  # in the order of the tables
     "embedded": "none cos_sim none+token cos_sim+token".split(),
     "reward": "none len_rat cos_sim len_rat+shuffle cos_sim+shuffle fixed random smoothing".split(),
     "ppo": [arm + clip for clip in ("", "/no clip") for arm in "none/own none/other cos_sim/own cos_sim/other".split()],
+    "spread": "none/15 cos_sim/15 none/5".split(),
     "dpo": "none cos_sim fixed smoothing IPO".split(),
     "real": "none cos_sim cos_sim+shuffle".split(),
 }
 EPOCHS, LONG = (1, 3, 5, 15), 15  # 15: until the model knows labels by heart; PPO's reward models
-BEST_OF, POOL, ANSWERS = [2**k for k in range(9)], 512, 10  # answers to a prompt: of SFT, of DPO
+# Answers to a prompt: of SFT for best-of-n and for the spread of scores, of DPO.
+BEST_OF, POOL, SPREAD_POOL, ANSWERS = [2**k for k in range(9)], 512, 96, 10
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -183,10 +199,10 @@ class Seed:
         smooth = functools.partial(priors.ranking_loss, label_smoothing=SMOOTHING)
         return self.run(reward, name, flags, **{"ranking_loss": smooth} if "smoothing" in more else {})
 
-    def pool(self) -> list[dict]:
-        """SFT answers to the held-out prompts, POOL to each, with their gold scores."""
+    def pool(self, count: int = POOL) -> list[dict]:
+        """SFT answers to the held-out prompts, `count` to each, with their gold scores."""
         start, prompts = self.sft(), lines(self.folder / "prompts_eval.jsonl")
-        prompts = [row["prompt"] for row in prompts for _ in range(POOL)]
+        prompts = [row["prompt"] for row in prompts for _ in range(count)]
 
         def work(path: Path) -> None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(start, padding_side="left")
@@ -198,7 +214,7 @@ class Seed:
                 answers += tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
             write(path, [dict(prompt=p, answer=a, gold=gold(p, a)) for p, a in zip(prompts, answers)])
 
-        return lines(self.once("pool.jsonl", work))
+        return lines(self.once("pool.jsonl" if count == POOL else f"pool-{count}.jsonl", work))
 
 
 def some(records: list[dict], **wanted) -> list[dict]:
@@ -313,37 +329,66 @@ def reward_record(seed: Seed, arm: str, epochs: int) -> dict:
     return figures | {"points": [similarity, margin, bound]}
 
 
-def ppo_record(seed: Seed, arm: str, epochs: int) -> dict:
-    loss, units, *clip = arm.split("/")
-    model, pool, sample = seed.reward(loss, epochs) / "model", seed.pool(), ppo.sample
-    name, spread = f"ppo-{arm}".replace("/", "-").replace(" ", "-"), scores(model, pool).std()  # σ₀
+def scaled(model: Path, factor: float, path: Path) -> None:
+    """Write the reward model with scores times a factor."""
+    scorer = transformers.AutoModelForSequenceClassification.from_pretrained(model)
+    scorer.score.weight.data *= factor
+    for part in (scorer, transformers.AutoTokenizer.from_pretrained(model)):
+        part.save_pretrained(path)
 
-    def scale(path: Path) -> None:
-        scorer = transformers.AutoModelForSequenceClassification.from_pretrained(model)
-        scorer.score.weight.data *= spread / own
-        for part in (scorer, transformers.AutoTokenizer.from_pretrained(model)):
-            part.save_pretrained(path)
 
-    if units == "other":
-        other = "cos_sim" if loss == "none" else "none"
-        own, spread = spread, scores(seed.reward(other, epochs) / "model", pool).std()
-        model = seed.once(f"reward-{loss}-scaled", scale, "tokenizer.json")
+def seen(prompt: str, answer: str) -> list[float]:
+    """Gold score; whether the first aisle named is the right one; whether the phrase is there."""
+    named = re.search(r"\baisle (\d+)", answer, re.IGNORECASE)
+    right = named and int(named[1]) == next(
+        aisle for good, aisle in toy.AISLE_OF.items() if re.search(rf"\b{good}\b", prompt)
+    )
+    return [gold(prompt, answer), float(bool(right)), float(HACK in answer)]
+
+
+def curves(seed: Seed, name: str, model: Path, flags: str) -> dict:
+    """A run of ppo.py against a reward model: means of ten steps each."""
+    sample, path = ppo.sample, seed.folder / f"gold-{name}.jsonl"
 
     def spy(engine, model, tokenizer, prompts, seeds, *rest):
         rollout = sample(engine, model, tokenizer, prompts, seeds, *rest)
         if len(seeds[0]) == 3:  # of a training step
             texts = [tokenizer.batch_decode(x, skip_special_tokens=True) for x in (rollout.prompts, rollout.responses)]
-            with open(seed.folder / f"gold-{name}.jsonl", "a") as file:
-                file.write(json.dumps([seeds[0][1], np.mean([gold(p, a) for p, a in zip(*texts)])]) + "\n")
+            means = np.mean([seen(*each) for each in zip(*texts)], axis=0).tolist()
+            with open(path, "a") as file:
+                file.write(json.dumps([seeds[0][1], means]) + "\n")
         return rollout
 
-    flags = f"--policy_model {seed.sft()} --reward_model {model} {seed.data('prompts')} --epochs 32 --max_kl 0"
-    out = seed.run(ppo, name, flags + " --score_clip 1e9" * bool(clip), sample=spy)
-    found, steps = dict(lines(seed.folder / f"gold-{name}.jsonl")), some(lines(out / "metrics.jsonl"), split="train")
-    rows = np.array([[step["score_growth"], step["kl"], found[step["step"]]] for step in steps])
+    path.unlink(missing_ok=True)  # of a run that was cut
+    flags += f" --policy_model {seed.sft()} --reward_model {model} {seed.data('prompts')} --epochs 32 --max_kl 0"
+    steps = some(lines(seed.run(ppo, name, flags, sample=spy) / "metrics.jsonl"), split="train")
+    found, names = dict(lines(path)), ("growth", "kl", "gold", "right aisle", "phrase")
+    rows = np.array([[step["score_growth"], step["kl"], *found[step["step"]]] for step in steps])
     ends = [*range(10, len(rows), 10), len(rows)]
-    growth, kl, value = np.transpose([ten.mean(0) for ten in np.split(rows, ends[:-1])])
-    return {"steps": ends, "kl": kl, "growth": growth, "G": growth / spread, "σ₀": spread, "gold": value}
+    means = np.transpose([ten.mean(0) for ten in np.split(rows, ends[:-1])])
+    return {"steps": ends, **dict(zip(names, means))}
+
+
+def ppo_record(seed: Seed, arm: str, epochs: int) -> dict:
+    loss, units, *clip = arm.split("/")
+    model, pool = seed.reward(loss, epochs) / "model", seed.pool()
+    name, spread = f"ppo-{arm}".replace("/", "-").replace(" ", "-"), scores(model, pool).std()  # σ₀
+    if units == "other":
+        other = "cos_sim" if loss == "none" else "none"
+        own, spread = spread, scores(seed.reward(other, epochs) / "model", pool).std()
+        scale = functools.partial(scaled, model, spread / own)
+        model = seed.once(f"reward-{loss}-scaled", scale, "tokenizer.json")
+    record = curves(seed, name, model, "--score_clip 1e9" * bool(clip))
+    return record | {"G": record["growth"] / spread, "σ₀": spread}
+
+
+def spread_record(seed: Seed, arm: str, _) -> dict:
+    loss, epochs = arm.split("/")
+    model = seed.reward(loss, int(epochs)) / "model"
+    spread = scores(model, seed.pool(SPREAD_POOL)).std()  # σ₀
+    name = arm.replace("/", "-")
+    model = seed.once(f"reward-{name}-unit", functools.partial(scaled, model, 1 / spread), "tokenizer.json")
+    return curves(seed, f"spread-{name}", model, "--score_clip 0") | {"σ₀": spread}
 
 
 def dpo_record(seed: Seed, arm: str, _) -> dict:
@@ -394,11 +439,24 @@ def real_record(seed: Seed, arm: str, epochs: int) -> dict:
     return figures | {"binds held out": over(margin, bound)}
 
 
+def made_by() -> dict[str, str]:
+    """Where and when a record is made, of what code and versions."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    machine = f"{os.cpu_count()} x {cpu[1] if cpu else platform.machine()}"
+    machine = f"{torch.cuda.get_device_name()} beside {machine}" if DEVICE.type == "cuda" else machine
+    commit = subprocess.run(
+        "git describe --always --dirty --exclude *".split(), cwd=ROOT, capture_output=True, text=True
+    )
+    versions = " ".join(f"{module.__name__} {module.__version__}" for module in (torch, transformers, deepspeed))
+    return dict(machine=machine, date=time.strftime("%Y-%m-%d"), commit=commit.stdout.strip(), versions=versions)
+
+
 def make(args) -> None:
     """Add the runs that --make, --arms and --seeds leave, and that the results lack."""
-    figures = dict(embedded=embedded_record, reward=reward_record, ppo=ppo_record, dpo=dpo_record, real=real_record)
-    epochs = dict(embedded=[5], reward=EPOCHS, ppo=[LONG], dpo=[0], real=EPOCHS[:2] if args.model else ())
-    jobs = [(name, arm, seed, n) for name in ARMS for seed in args.seeds for n in epochs[name] for arm in ARMS[name]]
+    figures = {name: globals()[f"{name}_record"] for name in ARMS}
+    epochs = dict(embedded=[5], reward=EPOCHS, ppo=[LONG], spread=[0], dpo=[0], real=EPOCHS[:2] if args.model else ())
+    seeds = {name: args.seeds or range(6, 16) if name == "spread" else args.seeds or range(1, 6) for name in ARMS}
+    jobs = [(name, arm, seed, n) for name in ARMS for seed in seeds[name] for n in epochs[name] for arm in ARMS[name]]
     for experiment, arm, seed, n in jobs:
         job = dict(experiment=experiment, arm=arm, seed=seed, epochs=n)
         left = experiment in args.make.split(",") and (not args.arms or arm in args.arms.split(";"))
@@ -410,7 +468,8 @@ def make(args) -> None:
         text = json.dumps(record, default=lambda array: array.tolist())
         digits = dict(parse_float=lambda x: float(f"{float(x):.4g}"), parse_constant=lambda _: None)  # NaN is null
         with filelock.FileLock(f"{args.results}.lock"), open(args.results, "a") as file:
-            file.write(json.dumps(job | json.loads(text, **digits), ensure_ascii=False) + "\n")
+            record = job | json.loads(text, **digits) | made_by()
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------- tables and pictures
@@ -596,7 +655,7 @@ def pictures(records: list[dict], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--make", default=",".join(ARMS), help="experiments whose missing runs are made")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="default: the experiment's own")
     parser.add_argument("--arms", default="", help="some arms, with ; between them")
     parser.add_argument("--results", type=Path, default=ROOT / "tests" / "evidence.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
