@@ -77,7 +77,7 @@ class Args:
     global_batch_size: int = 32  # Pairs per optimizer step, over all ranks.
     zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Of the model; 16 bits keep fp32 master weights.
+    dtype: Literal["fp32", "bf16"] = "fp32"  # Of the model; bf16 keeps fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the pairs, random bounds and the sampled answers.
@@ -229,8 +229,7 @@ def main(args: Args) -> None:
     args.ref_model = args.ref_model or args.model
     if not args.epochs and args.ref_model == args.model:
         process.print("warning: the policy is its own reference, so every margin is 0: pass --ref_model")
-    if args.constraint == "cos_sim":
-        args.encoder, args.encoder_pooling = common.encoder_of_training(args)
+    args.encoder = common.encoder_of(args, start=args.ref_model)
     output_dir = common.open_output(args, process, OUTPUTS)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     common.check_tokenizer("--ref_model", args.ref_model, tokenizer, "--model", args.trust_remote_code)
@@ -311,7 +310,6 @@ def main(args: Args) -> None:
     if total_steps:
         common.save_model(engine, model, tokenizer, output_dir / "model", process)
         lines = evaluate_now(total_steps)
-    metrics.close()
     if process.rank == 0:
         common.plot_margins(lines, args, output_dir / "margins.png")
         common.write_file(output_dir / "eval.jsonl", "".join(map(common.json_line, lines)))

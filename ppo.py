@@ -81,7 +81,7 @@ class Args:
     """What DeepSpeed shards of the policy: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
     critic_zero_stage: Literal[0, 1, 2, 3] = 0  # The same of critic, reward and judge model.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Of the model; 16 bits keep fp32 master weights.
+    dtype: Literal["fp32", "bf16"] = "fp32"  # Of the model; bf16 keeps fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the prompts and the sampled responses.
@@ -495,7 +495,6 @@ def main(args: Args) -> None:
     if step:
         common.save_model(policy, model, tokenizer, output_dir / "model", process)
         lines = evaluate_now(step, state["first_lines"])
-    metrics.close()
     if process.rank == 0:
         plot_steps(output_dir / "metrics.jsonl", output_dir / "ppo.png")
     common.write_generations([(line["instruction"], line["answer"]) for line in lines], args, process)  # last: finished

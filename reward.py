@@ -76,7 +76,7 @@ class Args:
     global_batch_size: int = 32  # Pairs per optimizer step, over all ranks.
     zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Of the model; 16 bits keep fp32 master weights.
+    dtype: Literal["fp32", "bf16"] = "fp32"  # Of the model; bf16 keeps fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the pairs, random bounds and the new score head.
@@ -214,8 +214,7 @@ def main(args: Args) -> None:
     accumulation = common.accumulation_steps(args, process)
     config = common.engine_config(args, accumulation)
     args.model = args.model or common.on_rank_0(process, common.toy_model, each_machine=True)
-    if args.constraint == "cos_sim":
-        args.encoder, args.encoder_pooling = common.encoder_of_training(args)
+    args.encoder = common.encoder_of(args, start=args.model)
     output_dir = common.open_output(args, process, OUTPUTS)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
 
@@ -280,7 +279,6 @@ def main(args: Args) -> None:
     if total_steps:
         common.save_model(engine, model.classifier, tokenizer, output_dir / "model", process)
         lines = evaluate_now(total_steps)
-    metrics.close()
     if process.rank == 0:
         common.plot_margins(lines, args, output_dir / "margins.png")
         common.write_file(output_dir / "eval.jsonl", "".join(map(common.json_line, lines)))  # last: the run is finished

@@ -54,7 +54,7 @@ class Args:
     global_batch_size: int = 32  # Rows per optimizer step, over all ranks.
     zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # Of the model; 16 bits keep fp32 master weights.
+    dtype: Literal["fp32", "bf16"] = "fp32"  # Of the model; bf16 keeps fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.
     seed: int = 42  # Of the held-out split, the order of the rows and the sampled answers.
@@ -186,7 +186,6 @@ def main(args: Args) -> None:
     if total_steps:
         common.save_model(engine, model, tokenizer, output_dir / "model", process)
         evaluate_now(total_steps)
-    metrics.close()
     common.answer_prompts(engine, model, tokenizer, eval_rows, args, process)  # last: the run is finished
     process.print(f"finished: look at {output_dir}/generations.json")
 

@@ -226,7 +226,7 @@ DO, THOUGHT = {"role": "user", "content": "Do"}, YES | {"reasoning_content": "Hm
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 WHOLE = [USER, {"role": "assistant", "tool_calls": [CALLED]}, TOOL | {"name": "stock"}, THOUGHT, DO]
 TURNS = [  # prompt, what both answers begin with, the prompt's turns
-    ([SYSTEM, USER], [USER | {"content": " Go\n"}], [SYSTEM, USER]),
+    ([SYSTEM, USER], [USER | {"content": " Go\n"}], [SYSTEM, USER | {"content": " Go\n"}]),
     ([SYSTEM, USER], [SYSTEM, USER], [SYSTEM, USER]),
     ([SYSTEM, USER], [USER, HI, DO], [SYSTEM, USER, HI, DO]),
     ([USER], [USER | {"name": "Al"}], [USER, USER | {"name": "Al"}]),  # another's
@@ -329,9 +329,11 @@ def test_splits(tmp_path, capsys):
     """--dataset reads train and --eval_dataset test, or the only split; :SPLIT wins; nothing else is guessed."""
     for name in ("odd/preferences", "odd/test", "only/data", "two/train", "two/validation"):
         written(tmp_path / f"{name}.jsonl", [{"prompt": name}])
-    with pytest.raises(common.InputError, match="no split train, but test; of no split are preferences.jsonl: write"):
+    with pytest.raises(
+        common.InputError, match="no split train, but test .of no split, and not read: preferences.jsonl.: write"
+    ):
         rows_of(tmp_path / "odd")
-    assert capsys.readouterr().out == f"{tmp_path}/odd: of no split, and not read: preferences.jsonl\n"
+    assert capsys.readouterr().out == f"{tmp_path}/odd (of no split, and not read: preferences.jsonl)\n"
     with pytest.raises(common.InputError, match="no split test, but train, validation: write"):
         rows_of(tmp_path / "two", "test")
     cases = "odd test odd/test,odd:test train odd/test,only test only/data,only train only/data,two train two/train"
@@ -393,7 +395,7 @@ OTHERS, SEVEN_EACH = [f"Question {i}" for i in range(20)], [f"Question {i % 30}"
 HELD_OUT = [(["big"] * 180 + OTHERS, 20), (SEVEN_EACH, 21), ([""] * 6000, 500), (OTHERS[:3], 1)]
 
 
-@pytest.mark.parametrize("prompts, held_out", [*HELD_OUT, (["a", "b"] * 100, None), (["a"], None)])
+@pytest.mark.parametrize("prompts, held_out", [*HELD_OUT, (["a", "b"] * 100, None)])
 def test_held_out_prompts(process, monkeypatch, prompts, held_out):
     """min(500, a tenth) of the rows, by whole prompts, none on both sides; "" is no prompt; a function of the seed."""
     rows = datasets.Dataset.from_dict({"prompt": prompts, "number": range(len(prompts))})

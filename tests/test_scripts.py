@@ -184,25 +184,20 @@ def test_bounds_of_evaluated_pairs(run, runs, tmp_path):
         assert bool((first != later).all()) == anew != torch.equal(first, later)
 
 
-def test_evaluation_bounds_with_what_gave_the_bounds_of_training(run, few, tokenizer, tmp_path):
-    """The encoder and its pooling stand in the run's args.json; a model without one needs the flag."""
+def test_evaluation_needs_the_encoder_of_training(run, few, tokenizer, tmp_path):
+    """The model itself would give other bounds than those of training, in silence."""
     sizes = dict(vocab_size=512, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=1.0)
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
-    cosine, bounds = f"{few} --constraint cos_sim", []
-    own = f"--encoder {tmp_path}/bert --encoder_pooling cls"
-    for name, flags in (
-        ("a", own),
-        ("b", f"--epochs 0 --model {tmp_path}/a/model"),
-        ("c", f"{own} --encoder_pooling mean"),
-    ):
-        run(reward, f"{cosine} {BATCH} --max_steps 1 {flags} --output_dir {tmp_path}/{name}")
+    bounds, evaluation = [], f"--epochs 0 --model {tmp_path}/a/model"
+    encoder = f"--encoder {tmp_path}/bert --encoder_pooling"
+    for name, flags in (("a", "cls --max_steps 1"), ("b", f"cls {evaluation}"), ("c", f"mean {evaluation}")):
+        run(reward, f"{few} --constraint cos_sim {BATCH} {encoder} {flags} --output_dir {tmp_path}/{name}")
         bounds.append([line["bound"] for line in lines(tmp_path / name / "eval.jsonl")])
     assert bounds[0] == bounds[1] != bounds[2]
-    (tmp_path / "a" / "args.json").unlink()
     with pytest.raises(common.InputError, match="--encoder of training"):
-        run(reward, f"{cosine} --epochs 0 --model {tmp_path}/a/model --output_dir {tmp_path}/d")
+        run(reward, f"{few} --constraint cos_sim {evaluation} --output_dir {tmp_path}/d")
 
 
 def test_the_first_step_of_dpo_is_log_2(runs):
