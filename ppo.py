@@ -152,7 +152,7 @@ def policy_losses(logps, old_logps, advantages, cliprange: float):
 def value_losses(values, old_values, returns, cliprange_value: float):
     """The clipped loss of each token and whether it was clipped: (N,) each."""
     loss = (values - returns).square()
-    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # inside: V itself, not rounded
     clipped = (near - returns).square()
     return torch.maximum(loss, clipped) / 2, clipped > loss
 

@@ -3,7 +3,7 @@
     python tests/evidence.py                     makes what tests/evidence.jsonl lacks, then prints every table
     python tests/evidence.py --results new.jsonl --folder new                     all of it again, from nothing
     python tests/evidence.py --make real --model <language model> --encoder <text encoder> --data <pairs> ...
-    python tests/evidence.py --make "" --pictures assets                          tables and pictures of what is there
+    python tests/evidence.py --make "" --pages README.md tests/EVIDENCE.md --pictures assets     of what is there
 
 A run adds a line to the results: experiment, arm, seed, settings, figures. Runs are paired: all arms of a seed have the
 same data, start, order, prompts and samples. No β was chosen by the gold score. Several of these processes may work at
@@ -76,7 +76,7 @@ import transformers
 from helpers import lines
 from matplotlib.figure import Figure
 from scipy.special import comb, expit
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr, spearmanr, t
 from torch.nn.utils.rnn import pad_sequence
 
 import dpo
@@ -199,7 +199,7 @@ class Seed:
         smooth = functools.partial(priors.ranking_loss, label_smoothing=SMOOTHING)
         return self.run(reward, name, flags, **{"ranking_loss": smooth} if "smoothing" in more else {})
 
-    def pool(self, count: int = POOL) -> list[dict]:
+    def pool(self, count: int) -> list[dict]:
         """SFT answers to the held-out prompts, `count` to each, with their gold scores."""
         start, prompts = self.sft(), lines(self.folder / "prompts_eval.jsonl")
         prompts = [row["prompt"] for row in prompts for _ in range(count)]
@@ -214,7 +214,7 @@ class Seed:
                 answers += tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
             write(path, [dict(prompt=p, answer=a, gold=gold(p, a)) for p, a in zip(prompts, answers)])
 
-        return lines(self.once("pool.jsonl" if count == POOL else f"pool-{count}.jsonl", work))
+        return lines(self.once(f"pool-{count}.jsonl", work))
 
 
 def some(records: list[dict], **wanted) -> list[dict]:
@@ -299,7 +299,7 @@ def embedded_record(seed: Seed, arm: str, _) -> dict:
 
 
 def reward_record(seed: Seed, arm: str, epochs: int) -> dict:
-    out, rows, pool = seed.reward(arm, epochs), lines(seed.folder / "pairs_eval.jsonl"), seed.pool()
+    out, rows, pool = seed.reward(arm, epochs), lines(seed.folder / "pairs_eval.jsonl"), seed.pool(POOL)
     true, kind = np.array([row["gold"] for row in rows]), np.array([row["kind"] for row in rows])
     margin, bound = held_out(out, "margin", "bound")
     similarity, reference = held_out(seed.reward("cos_sim", epochs), "similarity", "bound")
@@ -371,7 +371,7 @@ def curves(seed: Seed, name: str, model: Path, flags: str) -> dict:
 
 def ppo_record(seed: Seed, arm: str, epochs: int) -> dict:
     loss, units, *clip = arm.split("/")
-    model, pool = seed.reward(loss, epochs) / "model", seed.pool()
+    model, pool = seed.reward(loss, epochs) / "model", seed.pool(POOL)
     name, spread = f"ppo-{arm}".replace("/", "-").replace(" ", "-"), scores(model, pool).std()  # σ₀
     if units == "other":
         other = "cos_sim" if loss == "none" else "none"
@@ -472,13 +472,15 @@ def make(args) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-# ---------------------------------------------------------------- tables and pictures
+# ---------------------------------------------------------------- tables
 
 
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """The interval of the mean over the seeds: 95 % of the draws. It is narrow: of five seeds 84 % hold the truth."""
-    draws = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
-    return tuple(np.quantile(draws, (0.025, 0.975)))
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """Student's 95 % interval of a mean, from a value for each seed."""
+    if len(differences) < 2:
+        return np.nan, np.nan
+    half = t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
+    return differences.mean() - half, differences.mean() + half
 
 
 def compared(records: list[dict], columns: dict) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
@@ -490,27 +492,34 @@ def compared(records: list[dict], columns: dict) -> dict[str, list[tuple[np.ndar
     for arm, own in values.items():
         first = next(iter(values.values()))
         differences = np.array([row - first.get(seed, np.nan) for seed, row in own.items()]).T
-        result[arm] = [(x, d[np.isfinite(d)]) for x, d in zip(np.array([*own.values()]).T, differences)]
+        finite = [(x[np.isfinite(x)], d[np.isfinite(d)]) for x, d in zip(np.array([*own.values()]).T, differences)]
+        result[arm] = finite
     return result
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    text = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return text.replace("|  |", "| |").replace("|Δ|", "abs Δ")
 
 
-def table(title: str, records: list[dict], columns: dict) -> None:
-    """Mean of each column over the seeds; behind it, of all arms but the first, the paired difference to the first."""
+def cell(own: np.ndarray, difference: np.ndarray, first: bool) -> str:
+    """Mean over the seeds; of all arms but the first also the interval of how it differs from the first."""
+    if not len(own):
+        return ""
+    low, high = interval(difference)
+    return f"{own.mean():.3g}" + ("" if first or np.isnan(low) else f" ({low:+.2g} to {high:+.2g})")
+
+
+def table(records: list[dict], columns: dict) -> str:
+    """Arms over columns: means, and in brackets the interval of the paired difference to the first arm."""
+    every = compared(records, columns)
+    most = max((len(own) for cells in every.values() for own, _ in cells), default=0)
     rows = []
-    for arm, cells in compared(records, columns).items():
-        row = [f"`{arm}` ({len(cells[0][0])})"]
-        for own, difference in cells:
-            row.append(f"{np.nanmean(own):.3g}" if np.isfinite(own).any() else "")
-            if rows and len(difference):
-                low, high = bootstrap(difference)
-                row[-1] += f" ({difference.mean():+.3g} [{low:+.2g}, {high:+.2g}])"
-        rows.append(row)
-    if rows:
-        print(f"\n{title}\n\n" + markdown(["arm", *columns], rows).replace("|Δ|", "abs Δ"))
+    for arm, cells in every.items():
+        some = [f"{cell(*values, first=not rows)}{f', {len(values[0])} seeds' * (0 < len(values[0]) < most)}"
+                for values in cells]  # fmt: skip
+        rows.append([f"`{arm}`", *some])
+    return markdown([f"{most} seeds", *columns], rows)
 
 
 def figure(*path):
@@ -518,20 +527,8 @@ def figure(*path):
     return lambda record: functools.reduce(lambda value, name: value[name], path, record)
 
 
-def summary(records: list[dict]) -> str:
-    """The README's table of models that know labels by heart: values; from column 3, differences to `none`."""
-    columns = {"m > δ*/2": figure("binds in training", "half"), "m, p99": figure("margin p99")}
-    columns |= {"gold accuracy, %": lambda record: 100 * record["gold accuracy"]}
-    columns |= {"NLL of labels": figure("calibration", "raw", "nll"), "alike: m/σ₀": figure("|Δ|/σ₀ at equal gold")}
-    columns |= {"gold, best of 256": figure("best of n", -1)}
-    rows, forms = [], "{:.0%} {:.1f} {:.1f} {:.2f} {:.2f} {:.1f}".split()
-    for arm, cells in compared(some(records, experiment="reward", epochs=LONG), columns).items():
-        row = [form.format(own.mean()) for form, (own, _) in zip(forms, cells)]
-        for i, (_, d) in enumerate(cells[2:] if rows else [], 2):
-            mean, low, high = (forms[i].replace(":", ":+").format(x) for x in (d.mean(), *bootstrap(d)))
-            row[i] = f"{mean} [{low}, {high}]"
-        rows.append([f"`{arm}`", *row])
-    return markdown(["", *columns], rows).replace("|  |", "| |", 1) + "\n"
+def plain(*names):
+    return {name: figure(name) for name in names}
 
 
 def at(record: dict, root_kl: float, name: str) -> float:
@@ -541,115 +538,176 @@ def at(record: dict, root_kl: float, name: str) -> float:
     return float(np.interp(root_kl, x[order], y[order], right=np.nan))
 
 
-def tables(records: list[dict]) -> None:
-    of = functools.partial(some, records)
+def last(name: str):
+    """Of PPO, the mean of the last 30 steps."""
+    return lambda record: np.mean(record[name][-3:])
 
-    def plain(*names):
-        return {name: figure(name) for name in names}
 
-    halves = {"m > δ*/2": "half", "m > δ*": "whole"}.items()
+def summary(records: list[dict]) -> str:
+    """The README's table: what a reader takes in at a glance."""
+    reward, ppo_runs = some(records, experiment="reward", epochs=LONG), some(records, experiment="ppo")
+    quantities = [  # words, runs, column, digits
+        ("margin, 99th percentile", reward, figure("margin p99"), 1),
+        ("spread of the scores, σ₀", reward, figure("σ₀"), 1),
+        ("NLL of held-out labels", reward, figure("calibration", "raw", "nll"), 2),
+        ("the same after one fitted temperature", reward, figure("calibration", "tempered", "nll"), 2),
+        ("accuracy on gold, %", reward, lambda record: 100 * record["gold accuracy"], 1),
+        ("Spearman with gold", reward, figure("Spearman"), 2),
+        ("gold, best of 256", reward, figure("best of n", -1), 1),
+        ("PPO: growth of the score", ppo_runs, last("growth"), 1),
+        ("PPO: the same in units of σ₀", ppo_runs, last("G"), 1),
+        ("PPO: gold at the end", ppo_runs, last("gold"), 1),
+    ]
+    rows = []
+    for words, runs, column, digits in quantities:
+        runs = [run | {"arm": run["arm"].removesuffix("/own")} for run in runs]
+        arms = {arm: some(runs, arm=arm) for arm in ("none", "cos_sim", "cos_sim+shuffle", "smoothing")}
+        values = {arm: {run["seed"]: column(run) for run in own} for arm, own in arms.items()}
+        low, high = interval(np.array([x - values["none"][seed] for seed, x in values["cos_sim"].items()]))
+        verdict = "lower" if high < 0 else "higher" if low > 0 else "no clear difference"
+        texts = [f"{np.mean([*own.values()]):.{digits}f}" if own else "" for own in values.values()]
+        rows.append([words, *texts, f"{verdict} ({low:+.{digits}f} to {high:+.{digits}f})"])
+    head = f"after {LONG} epochs", "`none`", "`cos_sim`", "its bounds dealt to other pairs", "label smoothing"
+    return markdown([*head, "`cos_sim` against `none`"], rows)
+
+
+def tables(records: list[dict]) -> dict[str, str]:
+    """Of the README and of EVIDENCE.md, by their names there."""
+    of, made = functools.partial(some, records), {}
     columns = plain("accuracy", "gold accuracy", "Spearman", "largest margin", "near copies, m > 5")
-    table("Embedded task, 5 epochs", of(experiment="embedded"), columns)
-    for n in sorted({run["epochs"] for run in of(experiment="reward")}):
-        runs = of(experiment="reward", epochs=n)
-        binds = {f"{m}, {x}": figure(f"binds {x}", key) for m, key in halves for x in ("in training", "held out")}
-        table(f"How often the bound binds (none, smoothing: cos_sim's), {n} epochs", runs, binds)
-        share = np.mean([run["binds in training"]["half"] for run in some(runs, arm="none")])
-        state = "idle" if share < 0.05 else "at work"
-        print(f"\nThe bound is {state}: `none` has m > δ*/2 in {share:.1%} of the training pairs.")
-        columns = plain("accuracy", "gold accuracy", "gold accuracy, far", "gold accuracy, near", "Spearman")
-        columns |= plain("margin p99", "σ₀", "score and length", "|Δ|/σ₀ at equal gold", "|Δ|/σ₀ of near copies")
-        table(f"Reward models, {n} epochs", runs, columns)
-        columns |= {"best of 256": figure("best of n", -1), "nll": figure("calibration", "raw", "nll")}
-        for prior in ("len_rat", "cos_sim"):  # what the prior itself does
-            both = [run for run in runs if run["arm"].removesuffix("+shuffle") == prior]
-            table(f"{prior} and its own bounds, dealt to other pairs, {n} epochs", both, columns)
-        names = [f"{kind}, quarter {q}" for kind in ("accuracy", "gold accuracy") for q in (1, 2, 3, 4)]
-        table(f"Accuracy by similarity, {n} epochs", runs, {f"{name} of s": figure(name) for name in names})
-        names = [(score, kind) for score in ("nll", "brier", "ece") for kind in ("raw", "linked", "tempered")]
-        columns = {f"{score} {kind}": figure("calibration", kind, score) for score, kind in names}
-        table(f"Calibration on held-out labels, {n} epochs", runs, columns)
-        names = [(what, i) for what in ("best of n", "proxy") for i in range(2, len(BEST_OF), 2)]
-        columns = {f"{what}, n = {BEST_OF[i]}": figure(what, i) for what, i in names}
-        table(f"Best of n: gold, and the model's own score / σ₀, {n} epochs", runs, columns)
-    last = {name: lambda r, n=name: np.mean(r[n][-3:]) for name in ("growth", "G", "kl", "gold")}
-    last |= {"best gold": lambda r: max(r["gold"]), "at step": lambda r: r["steps"][int(np.argmax(r["gold"]))]}
-    last |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1, 2, 3)}
+    made["embedded"] = table(of(experiment="embedded"), columns)
+    columns = {"m > δ*/2 in training": figure("binds in training", "half")} | plain("margin p99", "σ₀", "gold accuracy")
+    columns |= plain("Spearman", "|Δ|/σ₀ at equal gold") | {"best of 256": figure("best of n", -1)}
+    columns |= {"NLL": figure("calibration", "raw", "nll")}
+    for n in EPOCHS:
+        made[f"reward {n}"] = table(of(experiment="reward", epochs=n), columns)
+    rows, kept = [], plain("gold accuracy", "Spearman", "|Δ|/σ₀ at equal gold")
+    for prior, n in ((prior, n) for prior in ("len_rat", "cos_sim") for n in EPOCHS):
+        both = [run for run in of(experiment="reward", epochs=n) if run["arm"] in (prior, f"{prior}+shuffle")]
+        if cells := compared(both, kept).get(f"{prior}+shuffle"):
+            rows.append([f"`{prior}`", str(n), *(cell(-d, -d, first=False) for _, d in cells)])
+    made["prior"] = markdown(["", "epochs", *kept], rows)
+    scores = [(score, kind) for score in ("nll", "brier", "ece") for kind in ("raw", "linked", "tempered")]
+    columns = {f"{score} {kind}": figure("calibration", kind, score) for score, kind in scores}
+    made["calibration"] = table(of(experiment="reward", epochs=LONG), columns)
+    columns = {f"n = {BEST_OF[i]}": figure("best of n", i) for i in range(0, len(BEST_OF), 2)}
+    made["best of n"] = table(of(experiment="reward", epochs=LONG), columns)
+    columns = {f"at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1, 1.5, 2)}
+    columns = {f"{name}, last 30": last(name) for name in ("growth", "G", "kl", "gold")} | columns
     runs = of(experiment="ppo")
-    table("PPO, last 30 of 160 steps", runs, last)
-    for clip, how in (("", ""), ("/no clip", ", without the clip")):
-        for whose, a, b in (("cos_sim's", "other", "own"), ("none's", "own", "other"), ("their own", "own", "own")):
-            arms = (f"none/{a}{clip}", f"cos_sim/{b}{clip}")
-            table(f"PPO in {whose} units{how}", [run for run in runs if run["arm"] in arms], last)
-    last = {"kl": figure("kl", -1), "gold": figure("gold", -1), "best gold": lambda r: max(r["gold"])}
-    last |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1, 2)}
-    table("DPO", of(experiment="dpo"), last)
-    columns = plain("accuracy", "Spearman", "Kendall", "margin p99", "σ₀", "train accuracy, last steps")
-    columns |= {name: figure("binds held out", key) for name, key in halves}
-    columns |= {f"nll {kind}": figure("calibration", kind, "nll") for kind in ("raw", "tempered")}
-    for n in (1, 3):
-        table(f"Real text, {n} epochs", of(experiment="real", epochs=n), columns)
+    made["ppo"], made["ppo no clip"] = (
+        table([run for run in runs if ("no clip" in run["arm"]) == off], columns) for off in (False, True)
+    )
+    columns = {f"{name}, last 30": last(name) for name in ("gold", "growth", "kl", "right aisle", "phrase")}
+    columns |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1.5, 2)}
+    runs = of(experiment="spread")
+    made["spread"] = table(runs, columns)
+    seeds = sorted({run["seed"] for run in runs})
+    value = {(run["arm"], run["seed"]): f"{last('gold')(run):.1f}" for run in runs}
+    rows = [[f"`{arm}`", *(value.get((arm, seed), "") for seed in seeds)] for arm in ARMS["spread"]]
+    made["spread seeds"] = markdown(["gold, seed", *map(str, seeds)], rows)
+    columns = {"KL": figure("kl", -1), "gold": figure("gold", -1), "best gold": lambda r: max(r["gold"])}
+    columns |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (0.8, 1)}
+    made["dpo"] = table(of(experiment="dpo"), columns)
+    columns = plain("accuracy", "Spearman", "Kendall", "margin p99", "σ₀")
+    columns |= {"m > δ*/2": figure("binds held out", "half"), "NLL": figure("calibration", "raw", "nll")}
+    made["real"] = table(of(experiment="real", epochs=1), columns)
+    places = {}
+    for run in records:
+        place = (run["experiment"], run["epochs"] or "", run.get("machine", "see below"), run.get("date", ""))
+        places.setdefault((*place, run.get("commit", "")), []).append(run)
+    rows = [[*map(str, place), str(len({r["arm"] for r in runs})), str(len(runs))] for place, runs in places.items()]
+    made["runs"] = markdown("experiment epochs machine date commit arms runs".split(), rows)
+    return made | {"summary": summary(records)}
+
+
+def fill(path: Path, made: dict[str, str]) -> str:
+    """A page with the tables of its marks: what stands between <!-- NAME --> and <!-- end -->."""
+
+    def put(found: re.Match) -> str:
+        return f"{found[1]}\n{made[found[2]]}\n{found[3]}"
+
+    return re.sub(r"(?s)(<!-- ([\w ]+) -->)\n.*?\n(<!-- end -->)", put, path.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- pictures
+
+COLORS = dict(zip("none cos_sim len_rat fixed smoothing IPO".split(), "C0 C1 C2 C4 C5 C6".split()))
+
+
+def draw(axis, runs: list[dict], name: str, label: str, x: str = "kl", thin: bool = True, **style) -> None:
+    """The mean of some runs, thick, over √KL or the step; each seed thin."""
+
+    def abscissa(value) -> np.ndarray:
+        return np.sqrt(np.maximum(value, 0)) if x == "kl" else np.array(value)
+
+    for run in runs if thin else ():
+        axis.plot(abscissa(run[x]), run[name], linewidth=0.5, alpha=0.4, **style)
+    if runs:
+        mean_x, mean = (np.mean([run[key] for run in runs], 0) for key in (x, name))
+        axis.plot(abscissa(mean_x), mean, linewidth=2, label=label, **style)
 
 
 def pictures(records: list[dict], folder: Path) -> None:
     of = functools.partial(some, records)
-
-    def curve(axis, runs, name, *marks, x=None, **style):
-        """The mean of some runs, over √KL or x."""
-        if runs:
-            x = np.sqrt(np.maximum(np.mean([run["kl"] for run in runs], 0), 0)) if x is None else x
-            axis.plot(x, np.mean([run[name] for run in runs], 0), *marks, **style)
-
     picture = Figure(figsize=(10, 3.8), layout="constrained")
     axes = picture.subplots(1, 2, sharey=True)
     free, bounded = (of(experiment="embedded", arm=arm, seed=1)[0]["points"] for arm in ("none", "cos_sim"))
-    for axis, points, title in zip(axes, (free, bounded), ("ranking loss alone (none)", "with the bound (cos_sim)")):
-        axis.scatter(bounded[0], points[1], s=8, alpha=0.5, linewidths=0)
-        axis.plot(*zip(*sorted(zip(bounded[0], bounded[2]))), color="C3", label="bound δ*(s)")
+    order = np.argsort(bounded[0])
+    similarity, bound = np.array(bounded)[::2, order]
+    for axis, points, arm in zip(axes, (free, bounded), ("none", "cos_sim")):
+        axis.scatter(bounded[0], points[1], s=8, alpha=0.5, linewidths=0, color=COLORS[arm])
+        applied = arm != "none"
+        label = "bound δ*(s)" if applied else "bound δ*(s), not applied"
+        axis.plot(similarity, bound, "-" if applied else "--", color="C3", label=label)
+        axis.plot(similarity, bound / 2, ":", color="C3", label="half of it")
         axis.axhline(0, color="0.6", linewidth=0.8)
-        axis.set(title=title, xlabel="similarity s of the two responses")
-    axes[0].set_ylabel("margin m of held-out pairs")
-    axes[1].legend()
+        title = "with the bound (cos_sim)" if applied else "ranking loss alone (none)"
+        axis.set(title=title, xlabel="similarity s of the two responses", ylabel="margin m of held-out pairs")
+        axis.legend()
     picture.savefig(folder / "margins.png", dpi=110)
 
-    picture, last = Figure(figsize=(12, 3.8), layout="constrained"), Figure(figsize=(10, 7.6), layout="constrained")
+    picture, more = Figure(figsize=(12, 3.8), layout="constrained"), Figure(figsize=(10, 7.6), layout="constrained")
     left, middle, right = picture.subplots(1, 3)
-    (sure, best), (score, direct) = last.subplots(2, 2)
-    for arm, color in (("none", "C0"), ("cos_sim", "C1")):
-        points = of(experiment="reward", arm=arm, epochs=LONG, seed=1)[0]["points"]
-        left.scatter(*points[:2], s=6, alpha=0.5, linewidths=0, color=color, label=arm)
-    left.plot(*np.array(points)[::2, np.argsort(points[0])], color="C3", label="δ*")
-    left.set(xlabel="similarity s", ylabel="margin m, held out", title=f"After {LONG} epochs")
-    left.set_ylim(None, max(points[1]) * 2)
+    (sure, best), (score, direct) = more.subplots(2, 2)
+    for arm in ("none", "cos_sim"):
+        points = np.array(of(experiment="reward", arm=arm, epochs=LONG, seed=1)[0]["points"])
+        left.scatter(*points[:2], s=6, alpha=0.5, linewidths=0, color=COLORS[arm], label=arm)
+    left.plot(*points[::2, np.argsort(points[0])], color="C3", label="bound δ*(s) of cos_sim")
+    left.set(xlabel="similarity s", ylabel="margin m, held out", title=f"Reward models after {LONG} epochs")
+    left.set_ylim(None, max(points[1]) * 3)
     for arm in ARMS["ppo"][:4]:
-        style = dict(color="C0" if "none" in arm else "C1", linestyle="-" if "own" in arm else "--")
-        style["label"] = arm.replace("/own", ", own units").replace("/other", ", the other's units")
-        if runs := of(experiment="ppo", arm=arm):
-            curve(middle, runs, "G", **style)
-            curve(right, runs, "gold", **style)
-            curve(score, runs, "growth", x=runs[0]["steps"], **style)
-    middle.set(xlabel="√KL", title="PPO: growth of the score / σ₀")
-    right.set(xlabel="√KL", title="PPO: gold score")
-    n = np.array(BEST_OF)
-    for color, arm in enumerate(("none", "cos_sim", "len_rat", "fixed", "smoothing")):
-        if runs := of(experiment="reward", arm=arm, epochs=LONG):
-            style = dict(color=f"C{color}", label=arm)
-            points = np.array(sorted(point for run in runs for point in run["reliability"]))
-            sure.plot(*np.transpose([part.mean(0) for part in np.array_split(points, 10)]), "o-", markersize=3, **style)
-            curve(best, runs, "best of n", x=np.log(n) - (n - 1) / n, **style)
-    sure.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=0.8)
+        loss, units = arm.split("/")
+        other = "cos_sim" if loss == "none" else "none"
+        words = f"{loss}, scores as they are" if units == "own" else f"{loss}, scores scaled to the spread of {other}"
+        style = dict(color=COLORS[loss], linestyle="-" if units == "own" else "--")
+        draw(score, of(experiment="ppo", arm=arm), "growth", words, x="steps", **style)
+        if units == "own":
+            draw(middle, of(experiment="ppo", arm=arm), "G", loss, **style)
+            draw(right, of(experiment="ppo", arm=arm), "gold", loss, **style)
+    middle.set(xlabel="√KL", ylabel="growth / σ₀", title="PPO: growth of the score")
+    right.set(xlabel="√KL", ylabel="gold score", title="PPO: what the answers are worth")
+    x = np.log(BEST_OF) - (np.array(BEST_OF) - 1) / BEST_OF
+    for arm in ("none", "cos_sim", "len_rat", "fixed", "smoothing"):
+        runs = [run | {"x": x} for run in of(experiment="reward", arm=arm, epochs=LONG)]
+        points = np.array(sorted(point for run in runs for point in run["reliability"]))
+        style = dict(color=COLORS[arm], marker="o", markersize=3)
+        means = [part.mean(0) for part in np.array_split(points, 10)] if runs else np.empty((1, 2))
+        sure.plot(*np.transpose(means), label=arm, **style)
+        draw(best, runs, "best of n", arm, x="x", thin=False, **style)
+    sure.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=0.8, label="calibrated")
+    sure.axhline(1 - FLIPPED, color="0.6", linestyle=":", label="the most that labels allow")
     sure.set(xlabel="σ(|m|)", ylabel="share that the label agrees with", title=f"Reliability, {LONG} epochs")
-    best.set(xlabel="KL = log n - (n - 1) / n", title=f"Gold score of the best of n, {LONG} epochs")
-    score.set(xlabel="PPO step", title="PPO: growth of the score, as it is")
-    for color, arm in enumerate(ARMS["dpo"]):
-        curve(direct, of(experiment="dpo", arm=arm), "gold", "o-", markersize=3, color=f"C{color}", label=arm)
-    direct.set(xlabel="√KL", title="DPO: gold score")
-    for axis in (left, middle):
-        axis.legend(markerscale=2)
-    for axis in (sure, score, direct):
-        axis.legend()
+    best.set(xlabel="KL = log n - (n - 1) / n", ylabel="gold score", title=f"Best of n, {LONG} epochs")
+    score.set(xlabel="PPO step", ylabel="growth of the score", title="PPO: the score as it is")
+    for arm in ARMS["dpo"]:
+        runs = of(experiment="dpo", arm=arm)
+        draw(direct, runs, "gold", arm, thin=False, color=COLORS[arm], marker="o", markersize=3)
+    direct.set(xlabel="√KL", ylabel="gold score", title="DPO")
+    for axis in (left, middle, right, sure, best, score, direct):
+        axis.legend(markerscale=2, fontsize="small")
     picture.savefig(folder / "evidence.png", dpi=110)
-    last.savefig(folder / "details.png", dpi=110)
+    more.savefig(folder / "details.png", dpi=110)
 
 
 def main() -> None:
@@ -659,7 +717,8 @@ def main() -> None:
     parser.add_argument("--arms", default="", help="some arms, with ; between them")
     parser.add_argument("--results", type=Path, default=ROOT / "tests" / "evidence.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--pictures", type=Path, default=None, help="draw the README's pictures into this folder")
+    parser.add_argument("--pictures", type=Path, default=None, help="draw the pictures into this folder")
+    parser.add_argument("--pages", type=Path, nargs="+", default=[], help="pages whose tables are written anew")
     parser.add_argument("--model", default="", help="real: the language model to start from")
     parser.add_argument("--encoder", default="", help="real: the text encoder; none: the data's column similarity")
     parser.add_argument("--data", default="", help="real: pairs, a .jsonl file that reward.py reads")
@@ -669,8 +728,11 @@ def main() -> None:
     args.results.touch()
     make(args)
     records = lines(args.results)
-    tables(records)
-    print("\n" + summary(records))
+    made = tables(records)
+    for page in args.pages:
+        page.write_text(fill(page, made), encoding="utf-8")
+    if not args.pages:
+        print(*(f"{name}\n\n{text}\n" for name, text in made.items()), sep="\n")
     if args.pictures:
         pictures(records, args.pictures)
 

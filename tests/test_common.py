@@ -168,7 +168,6 @@ def test_metrics_are_means_and_rates_since_the_last_line(process, tmp_path, monk
         if step == 3:
             now[0] += 100
             metrics.write(step, "eval", dict(loss=9.0))
-    metrics.close()
     expected = [
         dict(step=1, split="train", loss=1, bound=3, pairs_per_s=1 / 2, tokens_per_s=5),
         dict(step=2, split="train", loss=2, bound=3, pairs_per_s=2 / 2, tokens_per_s=10),
@@ -225,14 +224,14 @@ def test_steps_by_hand(process, dtype, stage, offload):
 
 @pytest.mark.parametrize("dtype, stage", [("fp32", 0), ("bf16", 2)])
 @pytest.mark.parametrize("loss, gradient, what", [(math.nan, 1, "loss"), (1.0, math.inf, "gradient")])
-def test_what_is_not_finite_stops_the_run_with_the_weights_as_they_were(process, dtype, stage, loss, gradient, what):
-    """Those of both engines, where the second's is not; with ZeRO the first one may have stepped before a gradient."""
+def test_what_is_not_finite_stops_the_run(process, dtype, stage, loss, gradient, what):
+    """Of the second engine. After a loss the weights of both are as they were."""
     first, second = (line_engine(process, dtype=dtype, zero_stage=stage, warmup_steps=0) for _ in range(2))
     backward(first[0], 3)
     backward(second[0], gradient)
     with pytest.raises(common.InputError, match=f"step 7: the {what} is not finite.*0.125, 0.125"):
         common.optimizer_step(7, [torch.tensor(1.0), torch.tensor(loss)], first, second)
-    assert weights_of(second[0]) == [0.5] and (weights_of(first[0]) == [0.5] or stage and what == "gradient")
+    assert what == "gradient" or weights_of(first[0]) == weights_of(second[0]) == [0.5]
 
 
 def test_a_cache_knows_what_its_values_hang_on(process, toy, tmp_path, monkeypatch):

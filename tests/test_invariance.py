@@ -75,6 +75,8 @@ def test_the_same_results(work, name, run):
     for mine, theirs in zip(lines(other / "metrics.jsonl"), lines(one / "metrics.jsonl"), strict=True):
         assert mine.keys() == theirs.keys() and mine["split"] == theirs["split"]
         for key in mine.keys() & ({*mine} if exact else {"step", "lr", "bound_mean", "loss", "grad_norm"}) - {"split"}:
+            if (mine["step"], key) == (0, "spearman_similarity"):  # of DPO's margins: 0, or what rounding leaves
+                continue
             near = 0.02 if key.endswith("clipfrac") else close / 10  # two tokens of a hundred, at the edge of the clip
             same = pytest.approx(theirs[key] or 0, rel=close, abs=near)
             assert kill.is_rate(key) or (mine[key] or 0) == same, (mine["step"], key)
