@@ -26,27 +26,12 @@ Experiments
     dpo     none, cos_sim, fixed 1, label smoothing, IPO; gold and KL at checkpoints
     real    a real language model on real pairs: none, cos_sim, cos_sim shuffled; 1 and 3 epochs
 
-Predictions, written before these runs and left as they were. Pilots of one seed had been seen, of none, cos_sim and
-fixed: with 2,000 pairs and 25 % of the labels turned round a reward model hardly learned (Spearman with gold 0.1),
-hence 4,000 and 15 %; after 5 epochs under 3 % of the pairs had m > δ*/2, hence the 15 epochs; PPO's gold turned down by
-step 80 of 240, hence 160.
-    reward  After 1, 3 and 5 epochs all arms tie (the bound binds for under 5 % of the pairs). After 15, `none` has
-            learned labels by heart: p99 of its margins is over 8, the bounds halve that. Accuracy on gold differs by
-            under 2 points; `fixed` and label smoothing, the tight ones, gain most; `cos_sim` and `len_rat` tie with
-            their own bounds shuffled. |Δscore| / σ₀ on near copies of equal gold is lower with `cos_sim` than shuffled,
-            by a little.
-    calibration  Raw, `none` is overconfident after 15 epochs, and the bounded arms less so; the inverse link is better
-            than the raw margin for these; after one temperature all tie.
-    best-of-n  Ties: intervals of the differences at n = 256 hold 0. Gold turns down for none of them.
-    ppo     The raw score grows half as far with cos_sim in its own units; G grows alike. The units decide how far the
-            policy goes: with the other's, the curves of gold over √KL change places. At equal √KL both tie.
-    spread  End points, named before the runs: gold, mean of the last 30 steps (it decides); gold at √KL 1.5 and at 2;
-            growth of the score over σ₀ in the last 30. Intervals are Student's t over the paired differences of the
-            seeds, 95 %. `cos_sim` is better (worse) than another arm where the interval of gold lies above (below) 0; a
-            tie is an interval within ±1; all else is undecided. Prediction: undecided against `none` after 15 epochs,
-            worse than `none` after 5. The phrase becomes more frequent and right aisles rarer wherever gold turns down.
-    dpo     `cos_sim` is `none`. `fixed` 1 and IPO stop at a smaller KL, on the same curve of gold over √KL.
-    real    Ties within the interval of 800 pairs (3.4 points), both after 1 and after 3 epochs; margins differ after 3.
+Predictions and outcomes of all but `spread` are in EVIDENCE.md. Of `spread`, named before its runs:
+    End points: gold, mean of the last 30 steps (it decides); gold at √KL 1.5 and at 2;
+    growth of the score over σ₀ in the last 30. Intervals are Student's t over the paired differences of the
+    seeds, 95 %. `cos_sim` is better (worse) than another arm where the interval of gold lies above (below) 0; a
+    tie is an interval within ±1; all else is undecided. Prediction: undecided against `none` after 15 epochs,
+    worse than `none` after 5. The phrase becomes more frequent and right aisles rarer wherever gold turns down.
 """
 
 import argparse
@@ -76,7 +61,7 @@ import transformers
 from helpers import lines
 from matplotlib.figure import Figure
 from scipy.special import comb, expit
-from scipy.stats import pearsonr, spearmanr, t
+from scipy.stats import spearmanr, t
 from torch.nn.utils.rnn import pad_sequence
 
 import dpo
@@ -312,21 +297,15 @@ def reward_record(seed: Seed, arm: str, epochs: int) -> dict:
     training = held_out(seed.arm(f"training-{arm}-{epochs}", by, flags), "margin", "bound")
     score, value = (np.array(x).reshape(-1, POOL) for x in (scores(out / "model", pool), [row["gold"] for row in pool]))
     right, agrees, spread, sure = margin > 0, (margin > 0) == (true > 0), score.std(), expit(np.abs(margin))
-    rank, decided = np.argsort(np.argsort(similarity, kind="stable"), kind="stable"), true != 0
-    parts = {name: kind == name for name in ("far", "near")}
-    parts |= {f"quarter {q + 1}": rank * 4 // len(rank) == q for q in range(4)}
-    figures = {f"accuracy, {name}": right[part].mean() for name, part in parts.items()}
-    figures |= {f"gold accuracy, {name}": agrees[decided & part].mean() for name, part in parts.items()}
+    decided = true != 0
+    figures = {f"gold accuracy, {name}": agrees[decided & (kind == name)].mean() for name in ("far", "near")}
     figures |= {"accuracy": right.mean(), "gold accuracy": agrees[decided].mean(), "σ₀": spread}
     figures["Spearman"] = np.nanmean([spearmanr(s, v).statistic for s, v in zip(score, value)])
-    figures["score and length"] = pearsonr(score.ravel(), [len(row["answer"]) for row in pool]).statistic
     figures["|Δ|/σ₀ at equal gold"] = np.abs(margin[kind == "equal"]).mean() / spread
-    figures["|Δ|/σ₀ of near copies"] = np.abs(margin[kind == "near"]).mean() / spread
     figures |= {"binds in training": over(*training), "binds held out": over(margin, bound)}
     figures |= {"margin p99": np.quantile(margin, 0.99), "calibration": {k: calibration(p) for k, p in fair.items()}}
     figures["reliability"] = [[sure[ten].mean(), right[ten].mean()] for ten in tenths(sure) if ten.sum() >= 8]
-    figures |= {"best of n": best_of_n(score, value), "proxy": best_of_n(score, (score - score.mean()) / spread)}
-    return figures | {"points": [similarity, margin, bound]}
+    return figures | {"best of n": best_of_n(score, value), "points": [similarity, margin, bound]}
 
 
 def scaled(model: Path, factor: float, path: Path) -> None:
@@ -491,15 +470,15 @@ def compared(records: list[dict], columns: dict) -> dict[str, list[tuple[np.ndar
         values.setdefault(record["arm"], {})[record["seed"]] = row
     for arm, own in values.items():
         first = next(iter(values.values()))
-        differences = np.array([row - first.get(seed, np.nan) for seed, row in own.items()]).T
-        finite = [(x[np.isfinite(x)], d[np.isfinite(d)]) for x, d in zip(np.array([*own.values()]).T, differences)]
-        result[arm] = finite
+        both = np.array([*own.values()]).T, np.array([row - first.get(seed, np.nan) for seed, row in own.items()]).T
+        result[arm] = [(x[np.isfinite(x)], d[np.isfinite(d)]) for x, d in zip(*both)]
     return result
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    text = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-    return text.replace("|  |", "| |").replace("|Δ|", "abs Δ")
+    rows = [head, ["---"] * len(head), *rows]
+    text = "\n".join(f"| {' | '.join(row)} |".replace("|Δ|", "abs Δ") for row in rows)
+    return re.sub(r"\|  (?=\|)", "| ", text)
 
 
 def cell(own: np.ndarray, difference: np.ndarray, first: bool) -> str:
@@ -512,9 +491,8 @@ def cell(own: np.ndarray, difference: np.ndarray, first: bool) -> str:
 
 def table(records: list[dict], columns: dict) -> str:
     """Arms over columns: means, and in brackets the interval of the paired difference to the first arm."""
-    every = compared(records, columns)
+    every, rows = compared(records, columns), []
     most = max((len(own) for cells in every.values() for own, _ in cells), default=0)
-    rows = []
     for arm, cells in every.items():
         some = [f"{cell(*values, first=not rows)}{f', {len(values[0])} seeds' * (0 < len(values[0]) < most)}"
                 for values in cells]  # fmt: skip
@@ -587,8 +565,8 @@ def tables(records: list[dict]) -> dict[str, str]:
         if cells := compared(both, kept).get(f"{prior}+shuffle"):
             rows.append([f"`{prior}`", str(n), *(cell(-d, -d, first=False) for _, d in cells)])
     made["prior"] = markdown(["", "epochs", *kept], rows)
-    scores = [(score, kind) for score in ("nll", "brier", "ece") for kind in ("raw", "linked", "tempered")]
-    columns = {f"{score} {kind}": figure("calibration", kind, score) for score, kind in scores}
+    names = [(score, kind) for score in ("nll", "brier", "ece") for kind in ("raw", "linked", "tempered")]
+    columns = {f"{score} {kind}": figure("calibration", kind, score) for score, kind in names}
     made["calibration"] = table(of(experiment="reward", epochs=LONG), columns)
     columns = {f"n = {BEST_OF[i]}": figure("best of n", i) for i in range(0, len(BEST_OF), 2)}
     made["best of n"] = table(of(experiment="reward", epochs=LONG), columns)
@@ -666,6 +644,19 @@ def pictures(records: list[dict], folder: Path) -> None:
         axis.set(title=title, xlabel="similarity s of the two responses", ylabel="margin m of held-out pairs")
         axis.legend()
     picture.savefig(folder / "margins.png", dpi=110)
+
+    picture = Figure(figsize=(6, 3), layout="constrained")
+    axis, m = picture.subplots(), np.linspace(-4, 24, 400)
+    for s, color in ((1.0, "C3"), (0.8, "C1"), (0.6, "C2")):
+        delta = float(priors.margin_bound(torch.tensor([s]), 20, 0.001, -15))
+        axis.plot(
+            m, np.logaddexp(0, -m) + np.logaddexp(0, m - delta), color=color, label=f"s = {s:g}, δ* = {delta:.1f}"
+        )
+        axis.axvline(delta, color=color, linestyle="--", linewidth=0.8)
+    axis.plot(m, np.logaddexp(0, -m), color="0.6", label="no bound")
+    axis.set(xlabel="margin m (dashed: the bound δ*)", ylabel="L", ylim=(0, 6))
+    axis.legend(fontsize="small")
+    picture.savefig(folder / "loss.png", dpi=110)
 
     picture, more = Figure(figsize=(12, 3.8), layout="constrained"), Figure(figsize=(10, 7.6), layout="constrained")
     left, middle, right = picture.subplots(1, 3)

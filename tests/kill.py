@@ -185,14 +185,14 @@ def is_rate(name: str) -> bool:
 
 
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each of TensorBoard's scalars, without times and rates."""
+    """(step, value) of each of TensorBoard's scalars, without times and rates. A cut at the end may write it twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it would say that a run was resumed
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in sorted(events.Tags()["scalars"]) if not is_rate(tag)]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    return {tag: sorted({(event.step, event.value) for event in events.Scalars(tag)}) for tag in tags}
 
 
 def differences(folder: Path, whole: Path) -> list[str]:

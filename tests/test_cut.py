@@ -247,7 +247,7 @@ def other(tmp_path_factory) -> Path:
 
 REFUSED = {
     "": "holds checkpoints of a run: choose another, or pass --resume or --overwrite",
-    "--resume --seed 7": "--seed is 7, but 42",
+    "--resume --seed 7": "--seed is 7, but was 42",
     "--resume --dataset {}/changed/sft_train.jsonl": "the rows is ",
     "--resume --model {}/changed/CausalLM": "--model is ",
 }

@@ -95,14 +95,16 @@ def test_shares_over_a_bound():
     assert np.isnan(list(evidence.over(margin, np.full(3, np.nan)).values())).all()
 
 
-def test_intervals_hold_the_mean():
-    assert evidence.bootstrap(np.array([1.0, 1.0, 1.0])) == (1, 1)
+def test_intervals_in_numbers():
+    """Of 1, 2, 3: the deviation is 1, and t of two degrees of freedom 4.303: 2 ± 4.303 / √3. One seed has none."""
+    assert evidence.interval(np.array([1.0, 2.0, 3.0])) == pytest.approx((-0.484, 4.484), abs=1e-3)
+    assert np.isnan(evidence.interval(np.array([1.0]))).all()
 
 
-def test_intervals_of_five_seeds_hold_the_truth_84_times_in_100():
-    samples = np.random.default_rng(1).normal(size=(600, 5))
-    held = [low <= 0 <= high for low, high in map(evidence.bootstrap, samples)]
-    assert np.mean(held) == pytest.approx(0.84, abs=0.04)
+def test_intervals_of_five_seeds_hold_the_truth_95_times_in_100():
+    samples = np.random.default_rng(1).normal(size=(2000, 5))
+    held = [low <= 0 <= high for low, high in map(evidence.interval, samples)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
 
 
 # ---------------------------------------------------------------- from runs to the README
@@ -122,13 +124,16 @@ def test_a_curve_at_a_root_kl():
     assert evidence.at(record, 1.5, "gold") == pytest.approx(2) and np.isnan(evidence.at(record, 2.5, "gold"))
 
 
-def test_the_readme_is_that_of_the_results():
-    """Its table stands there as the results file makes it; no run is there twice."""
+def test_the_pages_are_those_of_the_results():
+    """Their tables are what the results file makes; no run is there twice."""
     records = evidence.lines(evidence.ROOT / "tests" / "evidence.jsonl")
     assert "NaN" not in (evidence.ROOT / "tests" / "evidence.jsonl").read_text(encoding="utf-8")
     names = [(r["experiment"], r["arm"], r["seed"], r["epochs"]) for r in records]
     assert len(set(names)) == len(names) and all(arm in evidence.ARMS[name] for name, arm, _, _ in names)
-    assert evidence.summary(records) in (evidence.ROOT / "README.md").read_text(encoding="utf-8")
+    made = evidence.tables(records)
+    for page in (evidence.ROOT / "README.md", evidence.ROOT / "tests" / "EVIDENCE.md"):
+        text = page.read_text(encoding="utf-8")
+        assert evidence.fill(page, made) == text and "<!-- end -->" in text
 
 
 def test_every_experiment_runs(toy, tmp_path, monkeypatch, capsys):
@@ -151,22 +156,27 @@ def test_every_experiment_runs(toy, tmp_path, monkeypatch, capsys):
     pairs = [tmp_path / "more" / f"pairs_{split}.jsonl" for split in ("train", "eval")]
     argv = f"--seeds 1 --results {tmp_path}/all.jsonl --folder {tmp_path}/runs --pictures {tmp_path} "
     argv += f"--model {toy} --data {pairs[0]} --eval_data {pairs[1]}"
-    arms = "none;cos_sim;none/own;cos_sim/other;IPO"
+    monkeypatch.setattr(evidence, "SPREAD_POOL", 2)
+    arms = "none;cos_sim;none/own;cos_sim/other;cos_sim/15;IPO"
     monkeypatch.setattr("sys.argv", ["evidence.py", *argv.split(), "--arms", arms])
     evidence.main()
     records, first = evidence.lines(tmp_path / "all.jsonl"), capsys.readouterr().out
     found = [(r["experiment"], r["arm"]) for r in records]
     assert found == [("embedded", "none"), ("embedded", "cos_sim"),
                      ("reward", "none"), ("reward", "cos_sim"), ("ppo", "none/own"), ("ppo", "cos_sim/other"),
+                     ("spread", "cos_sim/15"),
                      ("dpo", "none"), ("dpo", "cos_sim"), ("dpo", "IPO"),
                      ("real", "none")]  # fmt: skip
     by = dict(zip(found, records))
     own, other = (by["ppo", arm]["σ₀"] for arm in ("none/own", "cos_sim/other"))
     assert own == other  # cos_sim's score in the units of none
     assert by["reward", "none"]["σ₀"] == own and by["reward", "cos_sim"]["σ₀"] != own
-    assert {"margins.png", "evidence.png", "details.png"} <= {path.name for path in tmp_path.iterdir()}
+    spread = by["spread", "cos_sim/15"]
+    assert spread["σ₀"] > 0 and len(spread["right aisle"]) == len(spread["phrase"]) == len(spread["gold"]) == 1
+    assert spread["commit"] and spread["date"] and "torch" in spread["versions"]
+    assert {"margins.png", "loss.png", "evidence.png", "details.png"} <= {path.name for path in tmp_path.iterdir()}
     made = len(parsed)
     evidence.main()
     assert len(parsed) == made and evidence.lines(tmp_path / "all.jsonl") == records
-    tables = [text[text.index("Embedded task") :] for text in (first, capsys.readouterr().out)]
+    tables = [text[text.index("embedded\n\n") :] for text in (first, capsys.readouterr().out)]
     assert tables[0] == tables[1]
