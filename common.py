@@ -407,7 +407,7 @@ class Checkpoints:
                 for tag, engine in engines.items():
                     engine.load_checkpoint(str(newest), tag=tag)
             self.step, self.state = saved["step"], saved["state"]
-            metrics.go_on(self.step, **saved["metrics"])
+            metrics.go_on(**saved["metrics"])
             process.print(f"resumed from {newest}")
         on_signals(lambda number, frame: setattr(self, "signal", number))  # step_done() reads it
 
@@ -960,16 +960,16 @@ class Metrics:
 
     def __init__(self, folder: Path, process: Process, args, total_steps: int, shown: tuple[str, ...]):
         self.process, self.log_every, self.total_steps, self.shown = process, args.log_every, total_steps, shown
-        self.path, self.board, self.purge_step = folder / "metrics.jsonl", None, None
+        self.path, self.board = folder / "metrics.jsonl", None
         self.history, self.amounts, self.since = [], Counter(), time.perf_counter()
 
     def state(self) -> dict:
         """What later lines depend on."""
         return {"history": self.history, "size": self.path.stat().st_size if self.path.exists() else 0}
 
-    def go_on(self, step: int, history: list[dict], size: int) -> None:
-        """Go on after the step at which state() was taken: what was written since then is cut off."""
-        self.history, self.purge_step, self.since = history, step + 1, time.perf_counter()
+    def go_on(self, history: list[dict], size: int) -> None:
+        """Go on from where state() was taken: what was written since then is cut off. (TensorBoard does so itself.)"""
+        self.history, self.since = history, time.perf_counter()
         if self.process.rank == 0:
             os.truncate(self.path, size)
 
@@ -991,7 +991,7 @@ class Metrics:
         if self.process.rank == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json_line({"step": step, "split": split, **values}))
-            self.board = self.board or SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self.purge_step)
+            self.board = self.board or SummaryWriter(str(self.path.parent / "tensorboard"))
             for name, value in values.items():
                 if value is not None and math.isfinite(value):
                     self.board.add_scalar(f"{split}/{name}", value, step)
@@ -1155,8 +1155,9 @@ def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, **inputs)
     """log π of each label (R, T) that is not -100, row after row: (N,) fp32. The head sees no other position."""
     keep = labels != NO_LABEL  # R T
     logits = model(logits_to_keep=keep, use_cache=False, **inputs).logits  # N V
-    logits = logits[keep] if logits.dim() == 3 else logits  # a model with code of its own may keep all
-    return -F.cross_entropy(logits.float() / temperature, labels[keep], reduction="none")
+    logits = (logits[keep] if logits.dim() == 3 else logits).float()  # a model with code of its own may keep all
+    logits = logits if temperature == 1 else logits / temperature  # a division by 1 would cost as much as all else here
+    return -F.cross_entropy(logits, labels[keep], reduction="none")
 
 
 def check_model(engine, model, args, process: Process) -> bool:

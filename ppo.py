@@ -42,16 +42,15 @@ class Args:
     """Train a policy by PPO against a reward model.
 
     A flag on the command line wins over what --task sets; the defaults shown are what it sets there.
+    --dataset cancels the task's own evaluation data. Held out are whole prompts, drawn by --seed.
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
     policy_model: str = tyro.MISSING  # Folder or Hub id of the SFT model: the policy's start and frozen reference.
     reward_model: str = tyro.MISSING  # Folder or Hub id, with the same tokenizer: frozen, and where the critic starts.
     judge_model: str = ""  # A second reward model for evaluation: its score, and the win rate against the SFT answers.
-    dataset: str = str(common.DATA / "prompts_train.jsonl")
-    """Prompts to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
-    eval_dataset: str = str(common.DATA / "prompts_eval.jsonl")
-    """Held-out prompts; empty: min(500, 10 %), drawn by --seed."""
+    dataset: str = str(common.DATA / "prompts_train.jsonl")  # Prompts to train on: file, folder or Hub id[:SPLIT].
+    eval_dataset: str = str(common.DATA / "prompts_eval.jsonl")  # Held out; empty: 10 % of --dataset, at most 500.
     output_dir: str = ""  # Where results go; empty: runs/ppo-<time>.
     overwrite: bool = False  # Replace the finished run in --output_dir.
 
@@ -78,7 +77,7 @@ class Args:
     micro_batch_size: int = 48  # Rows per rank and forward pass, at most.
     global_batch_size: int = 48  # Prompts per step, over all ranks.
     policy_zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards of the policy: nothing, optimizer states, + gradients, + weights. 16 bits: 0 runs as 1."""
+    """What DeepSpeed shards of the policy: nothing, optimizer states, + gradients, + weights. bf16: 0 runs as 1."""
     critic_zero_stage: Literal[0, 1, 2, 3] = 0  # The same of critic, reward and judge model.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16"] = "fp32"  # Of the model; bf16 keeps fp32 master weights.

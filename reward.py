@@ -38,6 +38,7 @@ class Args:
     """Train a reward model with a prior constraint on its margins.
 
     A flag on the command line wins over what --task and --constraint set; the defaults shown are what they set there.
+    --dataset cancels the task's own evaluation data. Held out are whole prompts, drawn by --seed.
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
@@ -45,12 +46,9 @@ class Args:
     """What bounds a margin: nothing; length ratio, cosine similarity or the data's own; a control without a prior."""
     model: str = ""
     """Folder or Hub id of a causal LM (the SFT model) or reward model to start from; toy: made when needed."""
-    dataset: str = str(common.DATA / "preference_train.jsonl")
-    """Pairs to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
-    eval_dataset: str = str(common.DATA / "preference_eval.jsonl")
-    """Held-out pairs; empty: those of prompts drawn by --seed, min(500, 10 %) of the pairs."""
-    ranked_dataset: str = str(common.DATA / "ranked_eval.jsonl")
-    """Ranked responses (columns prompt, responses, scores) for rank correlation; empty: none."""
+    dataset: str = str(common.DATA / "preference_train.jsonl")  # Pairs to train on: file, folder or Hub id[:SPLIT].
+    eval_dataset: str = str(common.DATA / "preference_eval.jsonl")  # Held out; empty: 10 % of --dataset, at most 500.
+    ranked_dataset: str = str(common.DATA / "ranked_eval.jsonl")  # Columns prompt, responses, scores; empty: none.
     output_dir: str = ""  # Where results go; empty: runs/reward-<constraint>-<time>.
     overwrite: bool = False  # Replace the finished run in --output_dir.
 
@@ -74,7 +72,7 @@ class Args:
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Pairs per rank and forward pass, at most.
     global_batch_size: int = 32  # Pairs per optimizer step, over all ranks.
-    zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
+    zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. bf16: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16"] = "fp32"  # Of the model; bf16 keeps fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.

@@ -31,14 +31,13 @@ class Args:
     """Fine-tune a language model on demonstrations.
 
     A flag on the command line wins over what --task sets; the defaults shown are what it sets there.
+    --dataset cancels the task's own evaluation data. Held out are whole prompts, drawn by --seed.
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
     model: str = ""  # Folder or Hub id of the starting model, a causal LM; toy: built when needed, with random weights.
-    dataset: str = str(common.DATA / "sft_train.jsonl")
-    """Rows to train on: file, folder or Hub id, `:SPLIT` may follow. Cancels the task's own evaluation data."""
-    eval_dataset: str = str(common.DATA / "sft_eval.jsonl")
-    """Held-out demonstrations; empty: those of prompts drawn by --seed, min(500, 10 %) of --dataset."""
+    dataset: str = str(common.DATA / "sft_train.jsonl")  # Rows to train on: file, folder or Hub id[:SPLIT].
+    eval_dataset: str = str(common.DATA / "sft_eval.jsonl")  # Held out; empty: 10 % of --dataset, at most 500.
     output_dir: str = ""  # Where results go; empty: runs/sft-<time>.
     overwrite: bool = False  # Replace the finished run in --output_dir.
 
@@ -52,7 +51,7 @@ class Args:
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Rows per rank and forward pass, at most.
     global_batch_size: int = 32  # Rows per optimizer step, over all ranks.
-    zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. 16 bits: 0 runs as 1.
+    zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. bf16: 0 runs as 1.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
     dtype: Literal["fp32", "bf16"] = "fp32"  # Of the model; bf16 keeps fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.

@@ -8,6 +8,7 @@ import random
 import evidence
 import numpy as np
 import pytest
+import report
 import toy_data
 
 
@@ -97,13 +98,13 @@ def test_shares_over_a_bound():
 
 def test_intervals_in_numbers():
     """Of 1, 2, 3: the deviation is 1, and t of two degrees of freedom 4.303: 2 ± 4.303 / √3. One seed has none."""
-    assert evidence.interval(np.array([1.0, 2.0, 3.0])) == pytest.approx((-0.484, 4.484), abs=1e-3)
-    assert np.isnan(evidence.interval(np.array([1.0]))).all()
+    assert report.interval(np.array([1.0, 2.0, 3.0])) == pytest.approx((-0.484, 4.484), abs=1e-3)
+    assert np.isnan(report.interval(np.array([1.0]))).all()
 
 
 def test_intervals_of_five_seeds_hold_the_truth_95_times_in_100():
     samples = np.random.default_rng(1).normal(size=(2000, 5))
-    held = [low <= 0 <= high for low, high in map(evidence.interval, samples)]
+    held = [low <= 0 <= high for low, high in map(report.interval, samples)]
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
 
 
@@ -114,14 +115,14 @@ def test_differences_are_paired():
     """Seeds 1 and 2 of `none` and 2 and 3 of `cos_sim`, in another order: one difference, that of seed 2."""
     some = [("cos_sim", 3, 7.0), ("cos_sim", 2, 5.0), ("none", 2, 1.0), ("none", 1, 3.0)]
     rows = [dict(experiment="reward", arm=arm, seed=seed, x=x) for arm, seed, x in some]
-    found = evidence.compared(rows, {"x": lambda row: row["x"]})
+    found = report.compared(rows, {"x": lambda row: row["x"]})
     assert list(found) == ["none", "cos_sim"]
     assert sorted(found["cos_sim"][0][0]) == [5, 7] and list(found["cos_sim"][0][1]) == [4]
 
 
 def test_a_curve_at_a_root_kl():
     record = {"kl": [0.0, 4.0, 1.0], "gold": [0.0, 3.0, 1.0]}
-    assert evidence.at(record, 1.5, "gold") == pytest.approx(2) and np.isnan(evidence.at(record, 2.5, "gold"))
+    assert report.at(record, 1.5, "gold") == pytest.approx(2) and np.isnan(report.at(record, 2.5, "gold"))
 
 
 def test_the_pages_are_those_of_the_results():
@@ -130,14 +131,14 @@ def test_the_pages_are_those_of_the_results():
     assert "NaN" not in (evidence.ROOT / "tests" / "evidence.jsonl").read_text(encoding="utf-8")
     names = [(r["experiment"], r["arm"], r["seed"], r["epochs"]) for r in records]
     assert len(set(names)) == len(names) and all(arm in evidence.ARMS[name] for name, arm, _, _ in names)
-    made = evidence.tables(records)
+    made = report.tables(records)
     for page in (evidence.ROOT / "README.md", evidence.ROOT / "tests" / "EVIDENCE.md"):
         text = page.read_text(encoding="utf-8")
-        assert evidence.fill(page, made) == text and "<!-- end -->" in text
+        assert report.fill(page, made) == text and "<!-- end -->" in text
 
 
-def test_every_experiment_runs(toy, tmp_path, monkeypatch, capsys):
-    """Two steps of each run on a few pairs, then all tables and pictures; a second call has nothing to do."""
+def test_every_experiment_runs(toy, tmp_path, monkeypatch):
+    """Two steps of each run on a few pairs, where a second call has nothing to do; then all tables and pictures."""
     monkeypatch.setattr(evidence, "PAIRS", {"train": 32, "eval": 16, "real": 32})
     monkeypatch.setattr(evidence, "EPOCHS", (1,))
     monkeypatch.setattr(evidence, "LONG", 1)
@@ -154,13 +155,15 @@ def test_every_experiment_runs(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(evidence.ARMS, "real", ["none"])
     evidence.build(tmp_path / "more", 1)
     pairs = [tmp_path / "more" / f"pairs_{split}.jsonl" for split in ("train", "eval")]
-    argv = f"--seeds 1 --results {tmp_path}/all.jsonl --folder {tmp_path}/runs --pictures {tmp_path} "
+    argv = f"--seeds 1 --results {tmp_path}/all.jsonl --folder {tmp_path}/runs "
     argv += f"--model {toy} --data {pairs[0]} --eval_data {pairs[1]}"
     monkeypatch.setattr(evidence, "SPREAD_POOL", 2)
     arms = "none;cos_sim;none/own;cos_sim/other;cos_sim/15;IPO"
     monkeypatch.setattr("sys.argv", ["evidence.py", *argv.split(), "--arms", arms])
     evidence.main()
-    records, first = evidence.lines(tmp_path / "all.jsonl"), capsys.readouterr().out
+    records, made = evidence.lines(tmp_path / "all.jsonl"), len(parsed)
+    evidence.main()
+    assert len(parsed) == made and evidence.lines(tmp_path / "all.jsonl") == records
     found = [(r["experiment"], r["arm"]) for r in records]
     assert found == [("embedded", "none"), ("embedded", "cos_sim"),
                      ("reward", "none"), ("reward", "cos_sim"), ("ppo", "none/own"), ("ppo", "cos_sim/other"),
@@ -174,9 +177,14 @@ def test_every_experiment_runs(toy, tmp_path, monkeypatch, capsys):
     spread = by["spread", "cos_sim/15"]
     assert spread["σ₀"] > 0 and len(spread["right aisle"]) == len(spread["phrase"]) == len(spread["gold"]) == 1
     assert spread["commit"] and spread["date"] and "torch" in spread["versions"]
-    assert {"margins.png", "loss.png", "evidence.png", "details.png"} <= {path.name for path in tmp_path.iterdir()}
-    made = len(parsed)
-    evidence.main()
-    assert len(parsed) == made and evidence.lines(tmp_path / "all.jsonl") == records
-    tables = [text[text.index("embedded\n\n") :] for text in (first, capsys.readouterr().out)]
-    assert tables[0] == tables[1]
+    monkeypatch.setattr(report, "BEST_OF", [1, 2, 4])
+    for name in ("EPOCHS", "LONG"):
+        monkeypatch.setattr(report, name, getattr(evidence, name))
+    (tmp_path / "page.md").write_text("<!-- summary -->\n\n<!-- end -->\n<!-- reward 1 -->\n|\n<!-- end -->\n")
+    pages = f"--results {tmp_path}/all.jsonl --pictures {tmp_path} --pages {tmp_path}/page.md"
+    monkeypatch.setattr("sys.argv", ["report.py", *pages.split()])
+    report.main()
+    assert "| margin, 99th percentile |" in (text := (tmp_path / "page.md").read_text())
+    assert text.index("summary") < text.index("margin") < text.index("reward 1") < text.index("| `cos_sim` |")
+    names = {"margins.png", "loss.png", "evidence.png", "details.png"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
