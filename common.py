@@ -47,6 +47,7 @@ import transformers
 import tyro
 from scipy.stats import kendalltau, spearmanr
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # What has no correlation, or no mean, is NaN, and null in files.
@@ -1155,9 +1156,15 @@ def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, **inputs)
     """log π of each label (R, T) that is not -100, row after row: (N,) fp32. The head sees no other position."""
     keep = labels != NO_LABEL  # R T
     logits = model(logits_to_keep=keep, use_cache=False, **inputs).logits  # N V
-    logits = (logits[keep] if logits.dim() == 3 else logits).float()  # a model with code of its own may keep all
-    logits = logits if temperature == 1 else logits / temperature  # a division by 1 would cost as much as all else here
-    return -F.cross_entropy(logits, labels[keep], reduction="none")
+    logits = logits[keep] if logits.dim() == 3 else logits  # a model with code of its own may keep all
+
+    def logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = logits.float() if temperature == 1 else logits.float() / temperature
+        return -F.cross_entropy(logits, labels, reduction="none")
+
+    size = 64 if logits.device.type == "cpu" else 4096  # rows whose fp32 copy stays in a cache, and is not kept
+    parts = zip(logits.split(size), labels[keep].split(size))
+    return torch.cat([checkpoint(logps, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def check_model(engine, model, args, process: Process) -> bool:
