@@ -7,9 +7,9 @@ R rows of a micro batch, T tokens of a row, N chosen positions, B pairs, V vocab
 import os
 from pathlib import Path
 
-# Read when torch is loaded, so scripts import this file first. Waiting threads soon leave the cores to what else runs: at
-# once on an AMD EPYC, where it costs nothing, else after a short spin. (On 2 virtual cores of an Intel Xeon a small model
-# loses 18 % of its rate without a spin and 8 % with this one; with libgomp's own two runs at once take 3.5 times as long.)
+# Read when torch is loaded, so scripts import this file first. Waiting threads leave the cores to what else runs: at
+# once on an AMD EPYC, where it costs nothing, on Intel after a short spin. (On 2 virtual cores of a Xeon a small model
+# loses 18 % of its rate without a spin, 8 % with this one. With libgomp's own, two at once take 3.5 times as long.)
 cpu = Path("/proc/cpuinfo")
 short_spin = cpu.exists() and "GenuineIntel" in cpu.read_text()
 os.environ.setdefault(*(("GOMP_SPINCOUNT", "10000") if short_spin else ("OMP_WAIT_POLICY", "PASSIVE")))
