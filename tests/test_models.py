@@ -233,6 +233,13 @@ def test_a_model_is_measured(process, kind, values, change, shares, reads_paddin
     assert model.reads_padding == reads_padding and engine.training
 
 
+def test_a_window_longer_than_what_is_measured(process):
+    """64 tokens a response do not show it."""
+    model = build("mistral", sliding_window=100)
+    shares = [common.check_model(model, model, reward.Args(max_length=length), process) for length in (100, 101)]
+    assert shares == [True, False]
+
+
 def test_broken_weights_are_refused(process):
     model = build()
     model.model.layers[0].mlp.down_proj.weight.data[0] = float("nan")
