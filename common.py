@@ -970,7 +970,7 @@ class Metrics:
         return {"history": self.history, "size": self.path.stat().st_size if self.path.exists() else 0}
 
     def go_on(self, history: list[dict], size: int) -> None:
-        """Go on from where state() was taken: what was written since then is cut off. (TensorBoard does so itself.)"""
+        """Go on from where state() was taken: later lines are cut off, and the board gets the same points again."""
         self.history, self.since = history, time.perf_counter()
         if self.process.rank == 0:
             os.truncate(self.path, size)
