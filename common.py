@@ -358,10 +358,11 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
         if args.resume and finished:
             process.print(f"{folder} holds this run, finished")
             sys.exit(0)
-        for name in () if what and args.resume else (*outputs[::-1], "checkpoints", "metrics.jsonl", "tensorboard"):
-            if (folder / name).exists():  # killed in here, it leaves nothing that looks whole
-                remove((folder / name).rename(folder / f"{name}.part"))
-        write_file(old, json.dumps(vars(args), indent=2) + "\n")
+        if not what or not args.resume:
+            for name in (*outputs[::-1], "checkpoints", "metrics.jsonl", "tensorboard"):
+                if (folder / name).exists():  # killed in here, it leaves nothing that looks whole
+                    remove((folder / name).rename(folder / f"{name}.part"))
+            write_file(old, json.dumps(vars(args), indent=2) + "\n")
         return str(folder)
 
     args.output_dir = on_rank_0(process, make)
@@ -409,7 +410,7 @@ class Checkpoints:
                 for tag, engine in engines.items():
                     engine.load_checkpoint(str(newest), tag=tag)
             self.step, self.state = saved["step"], saved["state"]
-            metrics.go_on(**saved["metrics"])
+            metrics.go_on(self.step, **saved["metrics"])
             process.print(f"resumed from {newest}")
         on_signals(lambda number, frame: setattr(self, "signal", number))  # step_done() reads it
 
@@ -962,16 +963,16 @@ class Metrics:
 
     def __init__(self, folder: Path, process: Process, args, total_steps: int, shown: tuple[str, ...]):
         self.process, self.log_every, self.total_steps, self.shown = process, args.log_every, total_steps, shown
-        self.path, self.board = folder / "metrics.jsonl", None
+        self.path, self.board, self.purge_step = folder / "metrics.jsonl", None, None
         self.history, self.amounts, self.since = [], Counter(), time.perf_counter()
 
     def state(self) -> dict:
         """What later lines depend on."""
         return {"history": self.history, "size": self.path.stat().st_size if self.path.exists() else 0}
 
-    def go_on(self, history: list[dict], size: int) -> None:
-        """Go on from where state() was taken: later lines are cut off, and the board gets the same points again."""
-        self.history, self.since = history, time.perf_counter()
+    def go_on(self, step: int, history: list[dict], size: int) -> None:
+        """Go on after the step at which state() was taken: what was written since then is cut off."""
+        self.history, self.purge_step, self.since = history, step + 1, time.perf_counter()
         if self.process.rank == 0:
             os.truncate(self.path, size)
 
@@ -993,7 +994,7 @@ class Metrics:
         if self.process.rank == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json_line({"step": step, "split": split, **values}))
-            self.board = self.board or SummaryWriter(str(self.path.parent / "tensorboard"))
+            self.board = self.board or SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self.purge_step)
             for name, value in values.items():
                 if value is not None and math.isfinite(value):
                     self.board.add_scalar(f"{split}/{name}", value, step)
@@ -1247,10 +1248,9 @@ def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, p
         process.print(f"settings not given are those of --task toy, learning rate {args.learning_rate:g}: {how}")
     # Gradients are reduced in buckets, whose default is this limit: a gigabyte for the smallest model.
     config["zero_optimization"]["reduce_bucket_size"] = min(numbers, 500_000_000)
-    decayed = {True: args.weight_decay, False: 0.0}
     groups = [
-        {"params": [p for p, shape in shapes.items() if (len(shape) > 1) == matrix], "weight_decay": decay}
-        for matrix, decay in decayed.items()
+        {"params": [p for p, shape in shapes.items() if len(shape) > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p, shape in shapes.items() if len(shape) < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]  # OLMo has no norm weights
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)

@@ -48,7 +48,7 @@ class Args:
     """Folder or Hub id of a causal LM (the SFT model) or reward model to start from; toy: made when needed."""
     dataset: str = str(common.DATA / "preference_train.jsonl")  # Pairs to train on: file, folder or Hub id[:SPLIT].
     eval_dataset: str = str(common.DATA / "preference_eval.jsonl")  # Held out; empty: 10 % of --dataset, at most 500.
-    ranked_dataset: str = str(common.DATA / "ranked_eval.jsonl")  # Columns prompt, responses, scores; empty: none.
+    ranked_dataset: str = str(common.DATA / "ranked_eval.jsonl")  # Ranked responses, for rank correlation; or empty.
     output_dir: str = ""  # Where results go; empty: runs/reward-<constraint>-<time>.
     overwrite: bool = False  # Replace the finished run in --output_dir.
 

@@ -28,9 +28,9 @@ Experiments
 Predictions and outcomes of all but `spread` are in EVIDENCE.md. Of `spread`, named before its runs:
     End points: gold, mean of the last 30 steps (it decides); gold at √KL 1.5 and at 2; growth of the score over σ₀ in
     the last 30. Intervals are Student's t over the paired differences of the seeds, 95 %. `cos_sim` is better (worse)
-    than another arm where the interval of gold lies above (below) 0; a tie is an interval within ±1; all else is
-    undecided. Prediction: undecided against `none` after 15 epochs, worse than `none` after 5. The phrase becomes more
-    frequent and right aisles rarer wherever gold turns down.
+    than another arm where the interval of gold lies above (below) 0; a tie is an interval within ±1 that holds 0;
+    all else is undecided. Prediction: undecided against `none` after 15 epochs, worse than `none` after 5. The phrase
+    becomes more frequent and right aisles rarer wherever gold turns down.
 """
 
 import argparse

@@ -185,14 +185,15 @@ def is_rate(name: str) -> bool:
 
 
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each of TensorBoard's scalars, without times and rates. A cut at the end may write it twice."""
+    """(step, value) of each of TensorBoard's scalars, without times and rates. Cut at the end, the last comes twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it would say that a run was resumed
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     tags = [tag for tag in sorted(events.Tags()["scalars"]) if not is_rate(tag)]
-    return {tag: sorted({(event.step, event.value) for event in events.Scalars(tag)}) for tag in tags}
+    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    return {tag: each[:-1] if each[-2:-1] == each[-1:] else each for tag, each in points.items()}
 
 
 def differences(folder: Path, whole: Path) -> list[str]:

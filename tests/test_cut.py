@@ -255,10 +255,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("flags", REFUSED)
 def test_refused(work, left, other, flags):
+    """And the run is as it was."""
+    before = (left / "args.json").read_bytes()
     with pytest.raises(common.InputError) as caught:
         train(SFT, work, left, flags.format(other))
     assert REFUSED[flags] in str(caught.value) and len(str(caught.value)) < 900
-    assert steps(left) == [3, 4, 5]
+    assert steps(left) == [3, 4, 5] and (left / "args.json").read_bytes() == before
 
 
 def test_another_encoder_is_refused(work, other, tmp_path):
