@@ -8,11 +8,9 @@ import os
 from pathlib import Path
 
 # Read when torch is loaded, so scripts import this file first. Waiting threads leave the cores to what else runs: at
-# once on an AMD EPYC, where it costs nothing, on Intel after a short spin. (On 2 virtual cores of a Xeon a small model
-# loses 18 % of its rate without a spin, 8 % with this one. With libgomp's own, two at once take 3.5 times as long.)
-cpu = Path("/proc/cpuinfo")
-short_spin = cpu.exists() and "GenuineIntel" in cpu.read_text()
-os.environ.setdefault(*(("GOMP_SPINCOUNT", "10000") if short_spin else ("OMP_WAIT_POLICY", "PASSIVE")))
+# once on AMD, where it costs nothing; after a short spin on Intel, where a small model would lose 18 % of its rate.
+intel = (cpu := Path("/proc/cpuinfo")).exists() and "GenuineIntel" in cpu.read_text()
+os.environ.setdefault(*(("GOMP_SPINCOUNT", "10000") if intel else ("OMP_WAIT_POLICY", "PASSIVE")))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import argparse
@@ -56,16 +54,12 @@ warnings.filterwarnings("ignore", message="An input array is constant|Mean of em
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
 NO_LABEL = -100
 # What --resume compares by content; what it does not compare, since neither weights nor answers depend on it.
-MODELS = "model ref_model policy_model reward_model judge_model encoder"
+MODELS = "--model --ref_model --policy_model --reward_model --judge_model --encoder"
 FREE = "dataset eval_dataset ranked_dataset resume overwrite output_dir save_every keep log_every eval_every local_rank"
 
 
 class InputError(Exception):
-    """Something that the user can mend. The message says what, where and how, in one line, not too long."""
-
-    def __init__(self, message):
-        message = " ".join(str(message).split())
-        super().__init__(message if len(message) < 900 else f"{message[:600]} ... {message[-200:]}")
+    """Something that the user can mend. The message says what, where and how."""
 
 
 class Unusable(Exception):
@@ -73,11 +67,12 @@ class Unusable(Exception):
 
 
 def said(error: BaseException) -> str:
-    """What an exception says, in one short line; of a chain the innermost, which has the reason."""
+    """What an exception says, in one line, not too long; of a chain the innermost, which has the reason."""
     while not isinstance(error, InputError) and error.__cause__:
         error = error.__cause__
     plain = isinstance(error, OSError) or type(error) in (InputError, ValueError)
-    return str(InputError(error if plain else f"{type(error).__name__}: {error}"))
+    text = " ".join((str(error) if plain else f"{type(error).__name__}: {error}").split())
+    return text if len(text) < 900 else f"{text[:600]} ... {text[-200:]}"
 
 
 @contextlib.contextmanager
@@ -93,10 +88,8 @@ def naming(what: str):
 
 
 def parse_args(args_class, preset, argv: list[str] | None = None):
-    """Flags over what `preset(task, constraint)` gives over the dataclass's own defaults; `--help` shows both.
-
-    Data of the user's own cancel the evaluation data that belong to the task's.
-    """
+    """Flags over what `preset(task, constraint)` gives over the dataclass's own defaults; `--help` shows both. Data of
+    the user's own cancel the evaluation data that belong to the task's."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a ?
@@ -332,11 +325,9 @@ def cached(kind: str, content: list, compute, process: Process) -> torch.Tensor:
 
 
 def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
-    """Make --output_dir, runs/<script>-<constraint>-<time> by default, with args.json in it.
-
-    `outputs` is what the script writes there, the last one at its end, where --resume then ends the process. Only a run
-    without a checkpoint is replaced unasked. InputError for a folder of something else, or other flags with --resume.
-    """
+    """Make --output_dir, runs/<script>-<constraint>-<time> by default, with args.json in it. `outputs` is what the
+    script writes there, the last one at its end. Only a run without a checkpoint is replaced unasked. With --resume a
+    finished run ends the process. InputError for a folder of something else."""
 
     def make() -> str:
         if args.resume and not args.output_dir:
@@ -382,27 +373,25 @@ def on_signals(handler) -> None:
 
 class Checkpoints:
     """checkpoints/step-N, every --save_every steps and after SIGTERM or SIGINT: --resume goes on to the same bits.
-
-    `step` and `state` (what the script wants back) are those of the checkpoint gone on from; without one 0 and empty.
-    """
+    `step` and `state` (what the script wants back) are those of the checkpoint gone on from; without one 0 and
+    empty."""
 
     def __init__(self, folder: Path, metrics, args, process: Process, rows, **engines):
         self.folder, self.metrics, self.args, self.process, self.engines = folder, metrics, args, process, engines
         self.step, self.state, self.signal = 0, {}, 0
 
-        def contents() -> dict:  # read now: files may change while the run goes on, or come to lie elsewhere
-            flags = {name: value for name, value in vars(args).items() if name not in FREE.split()}
-            models = {name: model_version(value) for name, value in flags.items() if value and name in MODELS.split()}
+        def read() -> tuple:  # now: files may change while the run goes on, or come to lie elsewhere
+            flags = {f"--{name}": value for name, value in vars(args).items() if name not in FREE.split()}
+            models = {name: model_version(flags[name]) for name in MODELS.split() if flags.get(name)}
             files = [digest(file["filename"] for file in part.cache_files) for part in rows]
-            same = {f"--{name}": value for name, value in (flags | models).items()}
-            return same | {"the rows": files, "the number of ranks": process.world_size}
+            same = flags | models | {"the rows": files, "the number of ranks": process.world_size}
+            newest = whole(folder)[-1] if args.resume and whole(folder) else None
+            return same, newest, newest and json.loads((newest / "state.json").read_text())
 
         if not metrics.total_steps:
             return
-        self.same = on_rank_0(process, contents)
-        newest = on_rank_0(process, lambda: whole(folder)[-1] if args.resume and whole(folder) else None)
+        self.same, newest, saved = on_rank_0(process, read)
         if newest:
-            saved = on_rank_0(process, lambda: json.loads((newest / "state.json").read_text()))
             for name, now in self.same.items():
                 if (then := saved["same"][name]) != now:
                     raise InputError(f"--resume: {name} is {now}, but was {then} in {newest}")
@@ -455,12 +444,9 @@ DATA_FILE = re.compile(r"\.((json|jsonl|ndjson|csv)(\.(gz|bz2|zst))?|parquet)$")
 
 
 def find_rows(name: str, split: str):
-    """What identifies the rows of a data set by content, and a function that reads them.
-
-    `name` is a file or a pattern of files, here or at hf://, a folder, or a data set on the Hub. `:SPLIT` may follow,
-    which in a file keeps the rows whose column `split` says so. Without it folders and the Hub give "train" for
-    training, for evaluation "test" or the only split.
-    """
+    """What identifies the rows of a data set by content, and a function that reads them. `name` is a file or a pattern
+    of files, here or at hf://, a folder, or a data set on the Hub. `:SPLIT` may follow, which in a file keeps the rows
+    whose column `split` says so. Without it folders and the Hub give `split`, for evaluation else their only one."""
     path, wanted = (name, None) if Path(name).exists() else re.fullmatch(r"(.*?)(?::([\w.-]+))?", name).groups()
     if address := re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?/(.+)", path):
         repo, revision, pattern = address.groups()
@@ -526,35 +512,32 @@ def read_file(path: Path) -> list[dict]:
 class Row(UserDict):
     """A row that knows which of its columns have been asked for."""
 
-    def __init__(self, columns):
-        self.read = set()
-        super().__init__(columns)
+    read = frozenset()
 
     def __getitem__(self, name):
-        self.read.add(name)
+        self.read |= {name}
         return self.data[name]
 
 
 def encoded(rows, encode, notes: Path):
     """encode(row) of each row that is not Unusable. At the end `notes` says what was read, and what was left out."""
-    read, every, dropped, kept = set(), set(), Counter(), 0
+    read, every, dropped = set(), set(), Counter()
     for number, columns in enumerate(rows, 1):
+        row = Row(columns)
         with naming(f"row {number}"):
-            row, result = Row(columns), None
             try:
                 result = encode(row)
             except Unusable as error:
                 dropped[str(error)] += 1
-            read, every, kept = read | row.read, every | columns.keys(), kept + bool(result)
-            left = {name for name in columns.keys() - row.read if columns[name]} if result else set()
+                continue
+            left = {name for name in columns.keys() - row.read if columns[name]}
             if asking := left.intersection("question query input system history context".split()):
-                raise ValueError(
-                    f"its column {min(asking)!r} would not be read: rename it to prompt, join or remove it"
-                )
-        if result:  # lists as arrays, since one without elements has no type
-            yield {name: np.array(v, np.int32) if isinstance(v, list) else v for name, v in result.items()}
+                raise ValueError(f"column {min(asking)!r} would not be read: rename it to prompt, join or remove it")
+        read, every = read | row.read, every | columns.keys()
+        # Lists as arrays, since one without elements has no type.
+        yield {name: np.array(v, np.int32) if isinstance(v, list) else v for name, v in result.items()}
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    if not kept:
+    if not every:
         raise InputError(f"no usable row is left ({reasons})")
     text = f"; dropped {sum(dropped.values())}: {reasons}" * bool(dropped)
     text += f"; columns {', '.join(sorted(every & read))}"
@@ -562,10 +545,8 @@ def encoded(rows, encode, notes: Path):
 
 
 def load_rows(flag: str, name: str, split: str, encode, process: Process) -> datasets.Dataset:
-    """The columns that `encode(row)`, a functools.partial, makes of each row; those that are Unusable are left out.
-
-    The first rank of each machine encodes them, once for all starts, to disk, where all read them without a copy.
-    """
+    """The columns that `encode(row)`, a functools.partial, makes of each row that is not Unusable. The first rank of
+    each machine encodes them, once for all starts, to disk, where all read them without a copy."""
 
     def build() -> tuple[Path, str]:
         with naming(f"{flag} {name}"):
@@ -642,11 +623,9 @@ FORMATS = {
 
 
 def read_example(row: dict, tokenizer, kind: str) -> dict:
-    """What a row in any known format says: a "preference" (chosen, rejected), a "demonstration", or its "prompt" alone.
-
-    Returns prompt (text), prompt_ids (tokens), instruction (the user's last words, as AlpacaEval knows a prompt),
-    answers (texts) and answer_ids (tokens, with what ends an answer). Unusable for ties and for missing or empty texts.
-    """
+    """What a row in any known format says: a "preference" (chosen, rejected), a "demonstration", or its "prompt" alone,
+    as prompt (text), prompt_ids (tokens), instruction (the user's last words, as AlpacaEval knows a prompt), answers
+    (texts) and answer_ids (tokens, with what ends an answer). Unusable for ties and for missing or empty texts."""
     formats = FORMATS[kind] if kind != "prompt" else sum(FORMATS.values(), [])
     known = next((columns for columns in formats if row.keys() >= set(columns.split())), None)
     if known is None:
@@ -654,12 +633,10 @@ def read_example(row: dict, tokenizer, kind: str) -> dict:
         raise ValueError(f"the columns are {', '.join(row)}, but must be {needed}")
     prompt, answers = parts_of(row, known, kind)
     for part in (prompt, *answers):
-        if isinstance(part, list) and not all(isinstance(turn, dict) and turn.get("role") for turn in part):
-            raise ValueError(f"{part!r:.80} is not a list of turns, each with role and content")
-        if not isinstance(part, str | list | None):
-            raise ValueError(f"{part!r:.80} is neither text nor a list of turns")
-        if isinstance(part, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]", part):
-            raise ValueError(f"{part!r:.80} is a list of turns written as text: give the list itself, as in JSON")
+        turns = isinstance(part, list) and all(isinstance(turn, dict) and turn.get("role") for turn in part)
+        written = isinstance(part, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]", part)
+        if written or not (turns or isinstance(part, str | None)):
+            raise ValueError(f"{part!r:.80} is neither plain text nor a list of turns, each with role and content")
     if None in answers:
         raise Unusable("missing text")
     if any(isinstance(part, list) for part in (prompt, *answers)):
@@ -724,10 +701,8 @@ def asked(row: dict, *names: str) -> str | list | None:
 
 
 def read_turns(prompt, answers: list, tools, tokenizer, kind: str) -> dict:
-    """A conversation by the tokenizer's chat template. Turns that all answers begin with belong to the prompt.
-
-    The rendered whole is tokenized, as others do who score it or train on it; the answer is what follows the prompt.
-    """
+    """A conversation by the tokenizer's chat template. Turns that all answers begin with belong to the prompt. The
+    whole is rendered and tokenized, as others do who score it or train on it; the answer is what follows the prompt."""
 
     def clean(value):  # without what is null, which Arrow gives to each turn that lacks what another has
         if isinstance(value, dict):
@@ -862,11 +837,9 @@ def total_steps(args, rows: int) -> int:
 
 
 def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: steps x size row numbers, a function of (seed, epoch) and the data alone.
-
-    Like lengths come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the batches
-    are shuffled. Ranks and micro batches then cut a global batch, so their number changes nothing.
-    """
+    """The order of an epoch: steps x size row numbers, a function of (seed, epoch) and the data alone. Like lengths
+    come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the batches are shuffled.
+    Ranks and micro batches then cut a global batch, so their number changes nothing."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     # Drop the incomplete batch before sorting; after it, always the longest rows would be dropped.
@@ -895,10 +868,8 @@ def separate_rows(chosen: list[int], rejected: list[int]) -> list[tuple]:
 
 
 def shared_row(chosen: list[int], rejected: list[int], prefix: int) -> list[tuple]:
-    """(ids, labels, branch, positions) of the one row [prefix | chosen | rejected], see collate_pairs.
-
-    It forks one token before the first that differs, so that each position predicts one token.
-    """
+    """(ids, labels, branch, positions) of the one row [prefix | chosen | rejected], see collate_pairs. It forks one
+    token before the first that differs, so that each position predicts one token."""
     fork = max(prefix - 1, 0)
     ids = chosen + rejected[fork:]
     labels = chosen[1:] + [NO_LABEL] + rejected[fork + 1 :] + [NO_LABEL]
@@ -1055,18 +1026,19 @@ def encoder_of(args, start: str) -> str:
 
 
 def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config: dict, **values):
-    """`auto_class.from_pretrained(path)` with whatever is random in training off, sharded from the start at ZeRO-3.
-
-    Returns the model and transformers' loading information (`missing_keys` are those newly initialized).
-    """
+    """`auto_class.from_pretrained(path)` with whatever is random in training off, sharded from the start at ZeRO-3; and
+    transformers' loading information (`missing_keys` are those newly initialized)."""
     # While this object lives, from_pretrained shards every model that it loads.
     sharding = transformers.integrations.HfDeepSpeedConfig(engine_config) if args.zero_stage == 3 else None
     with naming(f"{flag} {path}"):
         if transformers.utils.find_adapter_config_file(path):
             raise ValueError("adapter_config.json: an adapter is not read; merge it into the model's own weights")
         remote = {"trust_remote_code": args.trust_remote_code}
-        config = no_dropout(transformers.AutoConfig.from_pretrained(path, **remote))
+        config = transformers.AutoConfig.from_pretrained(path, **remote)
         config.update(values | {"pad_token_id": tokenizer.pad_token_id})
+        for part in (config, config.get_text_config()):  # both the same, but for models that also see pictures
+            rates = [k for k, v in vars(part).items() if isinstance(v, float) and re.search("drop|jitter", k)]
+            part.update(dict.fromkeys(rates, 0.0))
         options = {"dtype": torch.bfloat16 if args.dtype == "bf16" else torch.float32, "use_safetensors": True}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = auto_class.from_pretrained(path, config=config, **options, **remote)
@@ -1083,16 +1055,6 @@ def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     del sharding
     return model, info
-
-
-def no_dropout(config):
-    """The configuration with every probability of dropping or jittering 0, in nested ones too."""
-    for name, value in vars(config).items():
-        if isinstance(value, transformers.PretrainedConfig):
-            no_dropout(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and re.search("drop|jitter", name):
-            setattr(config, name, type(value)(0))
-    return config
 
 
 def load_language_model(flag: str, path: str, args, tokenizer, engine_config: dict):
@@ -1170,11 +1132,9 @@ def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, **inputs)
 
 
 def check_model(engine, model, args, process: Process) -> bool:
-    """Whether a pair may share one row with its prefix, found out by scoring a made-up pair both ways.
-
-    Sets model.reads_padding: whether padding before a prompt changes what follows, as in recurrent models. InputError
-    for a model whose outputs are not finite.
-    """
+    """Whether a pair may share one row with its prefix, found out by scoring a made-up pair both ways. Sets
+    model.reads_padding: whether padding before a prompt changes what follows, as in recurrent models. InputError for a
+    model whose outputs are not finite."""
     config, fork = model.config.get_text_config(), max(4, min(args.max_length, 64) // 2)  # fork: tokens that are alike
     prefix, chosen, rejected = np.random.default_rng(0).integers(config.vocab_size, size=(3, fork)).tolist()
     batch = {"chosen_ids": [prefix + chosen], "rejected_ids": [prefix + rejected], "prefix": [fork]}
@@ -1184,10 +1144,9 @@ def check_model(engine, model, args, process: Process) -> bool:
         return (logits[keep] if logits.dim() == 3 else logits).float()
 
     def pair(share: bool) -> torch.Tensor:
-        """Of chosen, then of rejected: at the fork, at two tokens after it and at the end."""
-        inputs, labels, branch, positions = collate_pairs(batch, 0, share, model.dtype, process.device)
-        near = (positions >= fork - 1) & (positions < fork + 2)  # R T
-        return outputs((branch > 0) & (near | (labels == NO_LABEL)), **inputs)
+        """Of chosen, then of rejected, from the fork on."""
+        inputs, _, branch, positions = collate_pairs(batch, 0, share, model.dtype, process.device)
+        return outputs((branch > 0) & (positions >= fork - 1), **inputs)
 
     def alike(some: torch.Tensor, others: torch.Tensor) -> bool:
         return bool((some - others).abs().max() <= (1e-3 if args.dtype == "fp32" else 0.05) * apart.abs().max())
@@ -1202,7 +1161,7 @@ def check_model(engine, model, args, process: Process) -> bool:
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     model.reads_padding = True
     with contextlib.suppress(Exception):  # it takes no mask or no positions of ours
-        model.reads_padding = not alike(outputs(mask.cumsum(1) == 2 * fork, **inputs), apart[3:4])
+        model.reads_padding = not alike(outputs(mask.cumsum(1) == fork, **inputs), apart[:1])
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if any(limit and limit < args.max_length for limit in limits):  # 64 tokens do not show it
         return False
@@ -1216,10 +1175,8 @@ def check_model(engine, model, args, process: Process) -> bool:
 
 def engine_config(args, accumulation: int) -> dict:
     """The DeepSpeed configuration of one engine."""
-    # At stage 0 DeepSpeed's bf16 optimizer would step once on no gradient; bf16 runs at stage 1 instead.
-    args.zero_stage = max(args.zero_stage, int(args.dtype == "bf16"))
-    if args.offload and args.zero_stage == 0:
-        raise InputError("--offload moves ZeRO's shards to the CPU: it needs ZeRO stage 1, 2 or 3")
+    # DeepSpeed offloads from stage 1 on, and its bf16 optimizer would step once on no gradient at stage 0.
+    args.zero_stage = max(args.zero_stage, int(args.dtype == "bf16" or args.offload))
     to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     names = ("offload_optimizer", *["offload_param"] * (args.zero_stage == 3)) if args.offload else ()
     return {
@@ -1235,9 +1192,7 @@ def engine_config(args, accumulation: int) -> dict:
 
 def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, process: Process):
     """A DeepSpeed engine with AdamW (0.9, 0.95), a cosine schedule, and no weight decay on biases and norm weights.
-
-    With no steps to run, what evaluates the module without room for an optimizer: at ZeRO-3 an engine, else itself.
-    """
+    With no steps to run, what evaluates the module without room for an optimizer: at ZeRO-3 an engine, else itself."""
     if total_steps == 0:
         module = module.requires_grad_(False).to(process.device)
         return deepspeed.initialize(model=module, config=config)[0] if args.zero_stage == 3 else module
@@ -1261,10 +1216,8 @@ def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, p
 
 def optimizer_step(step: int, losses: list[torch.Tensor], *engines) -> list[float]:
     """The last step() of a global batch, of each (engine, its args); returns the gradients' norms before clipping.
-
     InputError on all ranks where a loss or a gradient is not finite: DeepSpeed would skip the step in silence, or in
-    fp32 without ZeRO write NaN into the weights.
-    """
+    fp32 without ZeRO write NaN into the weights."""
     finite, norms = torch.stack(losses).isfinite().all().float(), []
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     what = "gradient" if finite else "loss"
@@ -1328,10 +1281,8 @@ def drawn(points: torch.Tensor, width: int, temperature: float, input_ids, score
 
 @torch.no_grad()
 def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, temperature: float = 1.0) -> list[list[int]]:
-    """An answer to each of this rank's prompts, with what ends it where it ends within its room (in tokens).
-
-    Drawn from the model's own distribution: no top-k, no top-p. An answer is a function of its prompt and its seed.
-    """
+    """An answer to each of this rank's prompts, with what ends it where it ends within its room (in tokens). Drawn from
+    the model's own distribution: no top-k, no top-p. An answer is a function of its prompt and its seed."""
     engine.eval()
     answers, ends = [None] * len(prompts), model.generation_config.eos_token_id
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
@@ -1360,26 +1311,22 @@ def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, temperatu
 
 def answer_prompts(engine, model, tokenizer, rows: datasets.Dataset, args, process: Process) -> None:
     """Sample answers to the first --generate different prompts of the rows: print some, and write all."""
-    prompts = {}
-    for prompt, *both in zip(rows["prompt"], rows["instruction"], rows["prompt_ids"]):
-        if len(prompts) < args.generate:
-            prompts.setdefault(prompt, both)
-    instructions, ids = zip(*prompts.values()) if prompts else ((), ())
-    mine = ids[process.rank :: process.world_size]
-    seeds = [[args.seed, number] for number in range(process.rank, len(prompts), process.world_size)]
-    rooms = [args.max_length - len(prompt) for prompt in mine]
-    answers = sample(engine, model, tokenizer, mine, rooms, seeds, args.micro_batch_size)
+    _, firsts = np.unique(np.array(rows["prompt"][:], object), return_index=True)
+    rows = rows.select(sorted(firsts)[: args.generate])
+    mine = range(process.rank, len(rows), process.world_size)
+    seeds, prompts = [[args.seed, row] for row in mine], rows["prompt_ids"][mine]
+    rooms = [args.max_length - len(prompt) for prompt in prompts]
+    answers = sample(engine, model, tokenizer, prompts, rooms, seeds, args.micro_batch_size)
     texts = interleaved(tokenizer.batch_decode(answers, skip_special_tokens=True))
-    for prompt, answer in list(zip(prompts, texts))[:3]:
+    for prompt, answer in list(zip(rows["prompt"], texts))[:3]:
         process.print(f"sample: {prompt!r} -> {answer!r}")
-    write_generations(list(zip(instructions, texts)), args, process)
+    write_generations(list(zip(rows["instruction"], texts)), args, process)
 
 
 def write_generations(answers: list[tuple[str, str]], args, process: Process) -> None:
     """(instruction, answer) as AlpacaEval reads them: the last file of a run."""
-    dataset, folder = args.eval_dataset or args.dataset, Path(args.output_dir)
-    same = {"generator": folder.name, "dataset": Path(dataset).name if Path(dataset).exists() else dataset}
-    results = [{"instruction": instruction, "output": answer, **same} for instruction, answer in answers]
+    folder = Path(args.output_dir)
+    results = [{"instruction": text, "output": answer, "generator": folder.name} for text, answer in answers]
     if process.rank == 0:
         write_file(folder / "generations.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 

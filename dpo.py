@@ -74,7 +74,7 @@ class Args:
     micro_batch_size: int = 32  # Pairs per rank and forward pass, at most.
     global_batch_size: int = 32  # Pairs per optimizer step, over all ranks.
     zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights. bf16: 0 runs as 1.
-    offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
+    offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory; stage 0 runs as 1.
     dtype: Literal["fp32", "bf16"] = "fp32"  # Of the model; bf16 keeps fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.

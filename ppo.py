@@ -79,7 +79,7 @@ class Args:
     policy_zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards of the policy: nothing, optimizer states, + gradients, + weights. bf16: 0 runs as 1."""
     critic_zero_stage: Literal[0, 1, 2, 3] = 0  # The same of critic, reward and judge model.
-    offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory.
+    offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory; stage 0 runs as 1.
     dtype: Literal["fp32", "bf16"] = "fp32"  # Of the model; bf16 keeps fp32 master weights.
     gradient_checkpointing: bool = False  # Recompute activations: less memory, a third more time.
     warmup_steps: int = 0  # Optimizer steps of linear warm-up.

@@ -201,7 +201,7 @@ def backward(engine, x: float, scale: float = 1.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage, offload", [(0, False), (1, True), (2, False), (3, True)])
+@pytest.mark.parametrize("stage, offload", [(0, False), (0, True), (1, True), (2, False), (3, True)])
 def test_steps_by_hand(process, dtype, stage, offload):
     """Three steps of two micro batches. Mean gradients (3, 1), (1/4, 1/8), (-2, 2): the first and the last are clipped
     to norm 1. Learning rates 0, 1/2, 1 of the peak. AdamW with β 0.9 and 0.95 in numbers; w decays, b does not."""

@@ -123,12 +123,12 @@ DROPPED = [
 REFUSED = [
     *[("pair", FARM | {"preference": value}, "preference is") for value in (True, False, 3, "a", None)],
     *[("pair", TLDR | {"choice": value}, "choice is") for value in (True, 2, None)],
-    ("pair", PAIR | {"chosen": 7}, "7 is neither text nor a list of turns"),
+    ("pair", PAIR | {"chosen": 7}, "7 is neither plain text nor a list of turns"),
     ("pair", {"chosen": "a"}, "the columns are chosen, but must be chosen/rejected, or "),
-    ("sft", {"messages": "Hi!"}, "not a list of turns"),
-    ("pair", {"chosen": [{"content": "a"}], "rejected": [YES]}, "not a list of turns"),
-    ("pair", {"chosen": json.dumps([USER, YES]), "rejected": "a"}, "turns written as text"),
-    ("ppo", {"prompt": str([USER])}, "turns written as text"),
+    ("sft", {"messages": "Hi!"}, "nor a list of turns"),
+    ("pair", {"chosen": [{"content": "a"}], "rejected": [YES]}, "nor a list of turns"),
+    ("pair", {"chosen": json.dumps([USER, YES]), "rejected": "a"}, "neither plain text nor a list of turns"),
+    ("ppo", {"prompt": str([USER])}, "neither plain text nor a list of turns"),
     ("pair", {"prompt": [SYSTEM, USER], "chosen": [YES], "rejected": [NO]}, "no system turn"),
 ]
 

@@ -111,7 +111,6 @@ MISTAKES = [
     ("dpo --task alpaca --model LM --dataset F/five.jsonl --dtype fp32 --constraint random", "--constraint random: "),
     ("reward --constraint random --random_low 9", "--constraint random: .*9"),
     ("reward --shuffle_bounds --constraint fixed", "--constraint fixed: .*--shuffle_bounds deals"),
-    ("reward --offload", "--offload .* needs ZeRO stage 1, 2 or 3"),
     ("sft --model F/gpt --gradient_checkpointing", "--model F/gpt: .*checkpointing"),
     ("sft --output_dir F/five.jsonl", "five.jsonl"),
     ("sft --output_dir F/foreign", "--output_dir F/foreign holds files of something else"),

@@ -133,9 +133,9 @@ def test_answers_as_alpaca_eval_reads_them(runs, name):
     rows = json.loads((runs / name / "generations.json").read_text(encoding="utf-8"))
     assert [row["instruction"] for row in rows] == PROMPTS[:3]
     for row in rows:
-        assert row.keys() == {"instruction", "output", "generator", "dataset"}
+        assert row.keys() == {"instruction", "output", "generator"}
         assert isinstance(row["output"], str) and not re.search("</?s>|<pad>", row["output"])
-        assert row["generator"] == name and row["dataset"] == "rows.jsonl"
+        assert row["generator"] == name
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -143,7 +143,7 @@ def test_alpaca_evals_own_loader(runs, name):
     utils = neighbour("alpaca_eval.utils")
     path = runs / name / "generations.json"
     table = utils.load_or_convert_to_dataframe(str(path))
-    assert list(table.columns) == ["instruction", "output", "generator", "dataset"]
+    assert list(table.columns) == ["instruction", "output", "generator"]
     assert table.to_dict("records") == json.loads(path.read_text(encoding="utf-8"))
     assert utils.get_generator_name(None, table) == name
 

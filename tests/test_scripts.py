@@ -123,7 +123,7 @@ def test_generations_are_what_alpaca_eval_reads(run, runs, toy, tmp_path, monkey
         found = json.loads((runs[name] / "generations.json").read_text())
         assert len({line["instruction"] for line in found}) == count
         for line in found:
-            assert line.keys() == {"instruction", "output", "generator", "dataset"} and line["generator"] == name
+            assert line.keys() == {"instruction", "output", "generator"} and line["generator"] == name
             assert all(isinstance(value, str) for value in line.values()) and "</s>" not in line["output"]
 
 
