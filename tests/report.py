@@ -147,7 +147,14 @@ def tables(records: list[dict]) -> dict[str, str]:
     columns = {f"{name}, last 30": last(name) for name in ("gold", "growth", "kl", "right aisle", "phrase")}
     columns |= {f"gold at √KL {x}": lambda r, x=x: at(r, x, "gold") for x in (1.5, 2)}
     runs = of(experiment="spread")
-    made["spread"] = table(runs, columns)
+    made["spread"], rows = table(runs, columns), []
+    for arm, rival in (("cos_sim/15", "none/15"), ("cos_sim/15", "none/5"), ("none/5", "none/15")):
+        ours, theirs = ({run["seed"]: run for run in some(runs, arm=name)} for name in (arm, rival))
+        both = sorted(ours.keys() & theirs.keys())
+        differences = ([column(ours[seed]) - column(theirs[seed]) for seed in both] for column in columns.values())
+        known = [np.array([x for x in each if np.isfinite(x)]) for each in differences]
+        rows.append([f"`{arm}` - `{rival}`", *(cell(d, d, first=False) for d in known)])
+    made["spread differences"] = markdown(["", *columns], rows)
     seeds = sorted({run["seed"] for run in runs})
     value = {(run["arm"], run["seed"]): f"{last('gold')(run):.1f}" for run in runs}
     rows = [[f"`{arm}`", *(value.get((arm, seed), "") for seed in seeds)] for arm in ARMS["spread"]]
@@ -267,6 +274,17 @@ def pictures(records: list[dict], folder: Path) -> None:
         axis.legend(markerscale=2, fontsize="small")
     picture.savefig(folder / "evidence.png", dpi=110)
     more.savefig(folder / "details.png", dpi=110)
+
+    picture = Figure(figsize=(12, 3.8), layout="constrained")
+    panels = {"growth": "growth of the score / σ₀", "gold": "gold score", "phrase": "share with the phrase"}
+    for axis, (name, label) in zip(picture.subplots(1, 3), panels.items()):
+        for arm in ARMS["spread"]:
+            loss, epochs = arm.split("/")
+            style = dict(color=COLORS[loss], linestyle="-" if int(epochs) == LONG else "--")
+            draw(axis, of(experiment="spread", arm=arm), name, f"{loss}, {epochs} epochs", **style)
+        axis.set(xlabel="√KL", ylabel=label, title="PPO on new seeds")
+        axis.legend(fontsize="small")
+    picture.savefig(folder / "spread.png", dpi=110)
 
 
 def main() -> None:

@@ -186,5 +186,5 @@ def test_every_experiment_runs(toy, tmp_path, monkeypatch):
     report.main()
     assert "| margin, 99th percentile |" in (text := (tmp_path / "page.md").read_text())
     assert text.index("summary") < text.index("margin") < text.index("reward 1") < text.rindex("| `cos_sim` |")
-    names = {"margins.png", "loss.png", "evidence.png", "details.png"}
+    names = {"margins.png", "loss.png", "evidence.png", "details.png", "spread.png"}
     assert names <= {path.name for path in tmp_path.iterdir()}
