@@ -7,13 +7,14 @@ R rows of a micro batch, T tokens of a row, N chosen positions, B pairs, V vocab
 import os
 from pathlib import Path
 
-# Read when torch is loaded, so scripts import this file first. Waiting threads leave the cores to what else runs: at
-# once on AMD, where it costs nothing; after a short spin on Intel, where a small model would lose 18 % of its rate.
+# Read when libraries are loaded, so scripts import this file first. Waiting threads leave the cores to what else runs:
+# at once on AMD, where it costs nothing; after a short spin on Intel, where a small model would lose 18 % of its rate.
 intel = (cpu := Path("/proc/cpuinfo")).exists() and "GenuineIntel" in cpu.read_text()
-os.environ.setdefault(*(("GOMP_SPINCOUNT", "10000") if intel else ("OMP_WAIT_POLICY", "PASSIVE")))
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+OURS = {"GOMP_SPINCOUNT": "10000"} if intel else {"OMP_WAIT_POLICY": "PASSIVE"}
+OURS |= {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "critical"}
+OURS |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= OURS | os.environ
 
-import argparse
 import contextlib
 import csv
 import ctypes
@@ -29,10 +30,11 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter, UserDict
+from collections import Counter, UserDict, defaultdict
 
 import datasets
 import deepspeed
@@ -47,14 +49,14 @@ import tyro
 from scipy.stats import kendalltau, spearmanr
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # What has no correlation, or no mean, is NaN, and null in files.
 warnings.filterwarnings("ignore", message="An input array is constant|Mean of empty slice|One or more sample arg")
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
 NO_LABEL = -100
-# What --resume compares by content; what it does not compare, since neither weights nor answers depend on it.
-MODELS = "--model --ref_model --policy_model --reward_model --judge_model --encoder"
+# What --resume does not compare, since neither weights nor answers depend on it.
 FREE = "dataset eval_dataset ranked_dataset resume overwrite output_dir save_every keep log_every eval_every local_rank"
 
 
@@ -84,25 +86,20 @@ def naming(what: str):
         raise InputError(f"{what}: {said(error)}") from error
 
 
-# ---------------------------------------------------------------- flags
+# ---------------------------------------------------------------- flags and process
 
 
 def parse_args(args_class, preset, argv: list[str] | None = None):
     """Flags over what `preset(task, constraint)` gives over the dataclass's own defaults; `--help` shows both. Data of
     the user's own cancel the evaluation data that belong to the task's."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a ?
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("task", "constraint", "dataset", "eval_dataset"):
-        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
-    given, _ = first.parse_known_args(argv)
-    own = given.dataset is not None
-    values = preset(given.task or "toy", given.constraint or "none") | ({"eval_dataset": ""} if own else {})
-    if (own or given.eval_dataset is not None) and hasattr(args_class, "ranked_dataset"):
-        values["ranked_dataset"] = ""
-    shown = os.environ.get("RANK", "0") == "0"  # one usage message, not one for each rank
-    args = tyro.cli(args_class, args=argv, default=args_class(**values), use_underscores=True, console_outputs=shown)
+    options = {"args": argv, "console_outputs": os.environ.get("RANK", "0") == "0"}  # one usage message
+    first = [("task", str, "toy"), ("constraint", str, "none"), ("dataset", str, ""), ("eval_dataset", str, "")]
+    # First the flags that choose the defaults, then all.
+    given, _ = tyro.cli(dataclasses.make_dataclass("Args", first), add_help=False, return_unknown_args=True, **options)
+    values = preset(given.task, given.constraint)
+    if given.dataset or given.eval_dataset:  # flags win over these
+        values |= {name: "" for name in ("eval_dataset", "ranked_dataset") if hasattr(args_class, name)}
+    args = tyro.cli(args_class, default=args_class(**values), use_underscores=True, **options)
     counts = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every keep minibatches"
     at_least = dict.fromkeys(f"{counts} ppo_epochs".split(), 1) | {"temperature": 1e-3, "local_rank": -1}
     at_most = {"label_smoothing": 0.5, "gamma": 1, "gae_lambda": 1, "seed": 2**32 - 1}
@@ -112,9 +109,6 @@ def parse_args(args_class, preset, argv: list[str] | None = None):
         if number and not least <= value <= most:
             raise InputError(f"--{name} is {value}, but must be a number from {least} to {most}")
     return args
-
-
-# ---------------------------------------------------------------- process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +124,7 @@ class Process:
 
 def run(main, args_class, preset) -> None:
     """main(args). What ends a run early is the last thing on the screen; the status is then 1, or 128 + the signal."""
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a ? for what it lacks; a log has each line at once
     status = 0
     try:
         try:
@@ -145,15 +140,12 @@ def run(main, args_class, preset) -> None:
     except Exception as error:
         status = 1
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, which ends the ranks that wait here
-        if not isinstance(error, InputError | OSError):
-            lost = re.search(r"(?i)closed by peer|reset by peer|broken pipe|gloo|nccl", str(error))
-            time.sleep(20 if lost else 0)  # the rank that failed says why
+        known = isinstance(error, InputError | OSError)
+        lost = not known and re.search(r"(?i)by peer|broken pipe|gloo|nccl", str(error))
+        time.sleep(10 * (os.environ.get("RANK", "0") != "0") + 10 * bool(lost))  # first the rank that knows why
+        if not known:
             traceback.print_exc()
-        elif os.environ.get("RANK", "0") != "0":
-            time.sleep(10)  # rank 0 says what all ranks found
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {said(error)}", file=sys.stderr)
-    with contextlib.suppress(OSError):  # a closed pipe
-        sys.stdout.flush()
     # No finalizing: a Gloo thread that then still wants the GIL would abort the process (seen: 2 of 50, busy cores).
     os._exit(status)
 
@@ -170,7 +162,7 @@ def find_ranks() -> None:
     for name, value in zip(ours, "0101"):
         env.setdefault(name, value)
     if env["WORLD_SIZE"] == env["LOCAL_WORLD_SIZE"]:  # one machine; several need the name of the first
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | {k: v for k, v in env.items() if "MASTER" in k}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | env
 
 
 def start(seed: int) -> Process:
@@ -178,11 +170,6 @@ def start(seed: int) -> Process:
     find_ranks()
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     deepspeed.utils.logger.setLevel("ERROR")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.utils.disable_progress_bars()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -212,16 +199,14 @@ def on_rank_0(process: Process, function, each_machine: bool = False):
             failure = error
     message = failure if isinstance(failure, SystemExit | None) else InputError(said(failure))
     results, messages = zip(*gather_objects((result, message)))
-    for error in (failure, *messages):
-        if error is not None:
-            raise error
+    for error in filter(None, (failure, *messages)):
+        raise error
     return results[0]
 
 
 def gather_objects(item) -> list:
     """One object of each rank, in order, on every rank."""
-    # Alone, Gloo would copy a long one by OpenMP in a thread of its own. There are then more OpenMP threads than cores
-    # until the end, so that each sleeps after every operation: 40 % off the rate of a small model.
+    # Alone, Gloo would copy a long one by OpenMP in a thread of its own: that takes 40 % off a small model's rate.
     items = [item] * dist.get_world_size()
     if len(items) > 1:
         dist.all_gather_object(items, item)
@@ -236,19 +221,17 @@ def interleaved(mine: list) -> list:
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """(k, share of the rank) of all ranks as (k, global batch), on the CPU."""
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts, 1).cpu()
+    return torch.cat(gather_objects(tensor.cpu()), 1)
 
 
 def accumulation_steps(args, process: Process) -> int:
-    """Micro batches per optimizer step. A micro batch is cut down to a rank's share of that step's batch."""
-    share, rest = divmod(args.global_batch_size, process.world_size * getattr(args, "minibatches", 1))
-    args.micro_batch_size = size = min(args.micro_batch_size, max(share, 1))
-    if rest or not share or share % size:
-        parts = f"{process.world_size} ranks x --micro_batch_size {size} (ppo.py: x --minibatches)"
-        raise InputError(f"--global_batch_size {args.global_batch_size} is not a multiple of {parts}: change one")
-    return share // size
+    """Micro batches per optimizer step, each the largest up to --micro_batch_size that divides a rank's share."""
+    size, parts = args.global_batch_size, process.world_size * getattr(args, "minibatches", 1)
+    share, rest = divmod(size, parts)
+    if rest or not share:
+        raise InputError(f"--global_batch_size {size} is no multiple of {parts}, ranks x --minibatches: change one")
+    args.micro_batch_size = next(size for size in range(min(share, args.micro_batch_size), 0, -1) if share % size == 0)
+    return share // args.micro_batch_size
 
 
 # ---------------------------------------------------------------- files and caches
@@ -258,14 +241,10 @@ def accumulation_steps(args, process: Process) -> int:
 def writing(path: Path):
     """Another name to write to, which becomes `path` at the end: a file or folder is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(part, path)
-    finally:
-        remove(part)
+    with tempfile.TemporaryDirectory(".part", dir=path.parent) as folder:
+        yield Path(folder, path.name)
+        shutil.rmtree(path, ignore_errors=True)  # of a folder
+        os.replace(Path(folder, path.name), path)
 
 
 def remove(path: Path) -> None:
@@ -278,7 +257,7 @@ def write_file(path: Path, content: str) -> None:
 
 
 def json_line(values: dict) -> str:
-    """One line of JSON. A value that does not apply is null: None, and numbers that are not finite."""
+    """One line of JSON, in which a number that is not finite is null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(clean, allow_nan=False) + "\n"
 
@@ -295,8 +274,7 @@ def digest(files) -> str:
 def model_version(path: str, weights: bool = True) -> str:
     """What changes when the model does (without weights: its tokenizer): the Hub's commit, or a digest of its files."""
     if not Path(path).is_dir():
-        with naming(f"model {path}"):
-            return f"{path}@{Path(transformers.utils.cached_file(path, 'config.json')).parent.name}"
+        return f"{path}@{Path(transformers.utils.cached_file(path, 'config.json')).parent.name}"
     files = sorted(file for file in Path(path).iterdir() if file.is_file())
     return digest(file for file in files if weights or file.suffix != ".safetensors")
 
@@ -316,8 +294,8 @@ def cached(kind: str, content: list, compute, process: Process) -> torch.Tensor:
     if found is None:
         found = compute().numpy()
         if process.rank == 0:
-            with writing(path) as part, open(part, "wb") as file:
-                np.save(file, found)
+            with writing(path) as part:
+                np.save(part, found)
     return torch.from_numpy(found)
 
 
@@ -325,15 +303,13 @@ def cached(kind: str, content: list, compute, process: Process) -> torch.Tensor:
 
 
 def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
-    """Make --output_dir, runs/<script>-<constraint>-<time> by default, with args.json in it. `outputs` is what the
-    script writes there, the last one at its end. Only a run without a checkpoint is replaced unasked. With --resume a
-    finished run ends the process. InputError for a folder of something else."""
+    """Make --output_dir with args.json in it. `outputs` is what the script writes there, the last one at its end, where
+    --resume ends the process. Only a run without a checkpoint is replaced unasked."""
 
     def make() -> str:
         if args.resume and not args.output_dir:
             raise InputError("--resume needs the --output_dir of the run that goes on")
-        script = Path(sys.modules[type(args).__module__].__file__).stem
-        parts = (script, getattr(args, "constraint", ""), f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+        parts = (Path(sys.argv[0]).stem, getattr(args, "constraint", ""), f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
         folder = Path(args.output_dir or f"runs/{'-'.join(filter(None, parts))}")
         folder.mkdir(parents=True, exist_ok=True)
         args.output_dir, old = str(folder), folder / "args.json"
@@ -362,8 +338,7 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
 
 def whole(folder: Path) -> list[Path]:
     """The checkpoints of a run that are whole, the newest last."""
-    steps = [path for path in folder.glob("checkpoints/step-*") if path.name[5:].isdigit()]
-    return sorted(steps, key=lambda path: int(path.name[5:]))
+    return sorted(folder.glob("checkpoints/step-*[0-9]"), key=lambda path: int(path.name[5:]))
 
 
 def on_signals(handler) -> None:
@@ -372,9 +347,8 @@ def on_signals(handler) -> None:
 
 
 class Checkpoints:
-    """checkpoints/step-N, every --save_every steps and after SIGTERM or SIGINT: --resume goes on to the same bits.
-    `step` and `state` (what the script wants back) are those of the checkpoint gone on from; without one 0 and
-    empty."""
+    """checkpoints/step-N, every --save_every steps and after SIGTERM or SIGINT: --resume goes on to the same bits, from
+    `step` with `state` (what the script wants back), without a checkpoint from 0 with none."""
 
     def __init__(self, folder: Path, metrics, args, process: Process, rows, **engines):
         self.folder, self.metrics, self.args, self.process, self.engines = folder, metrics, args, process, engines
@@ -382,10 +356,10 @@ class Checkpoints:
 
         def read() -> tuple:  # now: files may change while the run goes on, or come to lie elsewhere
             flags = {f"--{name}": value for name, value in vars(args).items() if name not in FREE.split()}
-            models = {name: model_version(flags[name]) for name in MODELS.split() if flags.get(name)}
+            models = {name: model_version(v) for name, v in flags.items() if v and name.endswith(("model", "encoder"))}
             files = [digest(file["filename"] for file in part.cache_files) for part in rows]
             same = flags | models | {"the rows": files, "the number of ranks": process.world_size}
-            newest = whole(folder)[-1] if args.resume and whole(folder) else None
+            newest = next(reversed(whole(folder)), None)
             return same, newest, newest and json.loads((newest / "state.json").read_text())
 
         if not metrics.total_steps:
@@ -415,24 +389,23 @@ class Checkpoints:
         if number or self.args.save_every and step % self.args.save_every == 0:
             self.save(step, state)
         if number:
-            how = f"give the same command again with --resume --output_dir {self.folder}"
-            self.process.print(f"stopped after step {step}; to go on, {how}")
+            self.process.print(f"stopped after step {step}; to go on, add --resume --output_dir {self.folder}")
             sys.exit(128 + int(number))
 
     def save(self, step: int, state: dict) -> None:
         """The folder gets its name when all is in it: a checkpoint is there whole or not at all."""
         path = self.folder / "checkpoints" / f"step-{step}"
         part = Path(f"{path}.part")
-        state = {"step": step, "state": state, "metrics": self.metrics.state(), "same": self.same}
 
         def finish() -> None:
-            (part / "state.json").write_text(json.dumps(state))
+            metrics = {"history": self.metrics.history, "size": self.metrics.path.stat().st_size}
+            saved = {"step": step, "state": state, "metrics": metrics, "same": self.same}
+            (part / "state.json").write_text(json.dumps(saved))
             part.rename(path)
             for old in whole(self.folder)[: -self.args.keep]:
                 remove(old.rename(f"{old}.part"))  # killed in here, it does not look whole
 
         with naming(f"no checkpoint at step {step} (is the disk full?)"):
-            on_rank_0(self.process, lambda: part.mkdir(parents=True))
             for tag, engine in self.engines.items():
                 engine.save_checkpoint(str(part), tag=tag, save_latest=False)
             on_rank_0(self.process, finish)
@@ -441,6 +414,7 @@ class Checkpoints:
 # ---------------------------------------------------------------- rows
 
 DATA_FILE = re.compile(r"\.((json|jsonl|ndjson|csv)(\.(gz|bz2|zst))?|parquet)$")
+ASKING = "question", "query", "input", "system", "history", "context", "(no heading)"  # are never left out in silence
 
 
 def find_rows(name: str, split: str):
@@ -452,17 +426,13 @@ def find_rows(name: str, split: str):
         repo, revision, pattern = address.groups()
         here = huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=pattern)
         path = f"{glob.escape(here)}/{pattern}"
-    if not path:
-        raise InputError("neither a file, nor a folder, nor the name of a data set is given")
-    if Path(path).is_file() or DATA_FILE.search(path):
-        files = [Path(path)] if Path(path).is_file() else sorted(map(Path, glob.glob(path)))
-        if not files:
-            raise InputError("there is no such file")
+    if not path or Path(path).is_file() or DATA_FILE.search(path):
+        files = [Path(path)] if Path(path).is_file() else sorted(map(Path, glob.glob(path) or [path]))
     else:
-        splits, beside = find_splits(path, wanted or split)
-        only = [*splits][0] if len(splits) == 1 and split == "test" else split
-        if (chosen := wanted or (split if split in splits else only)) not in splits:
-            raise InputError(f"no split {chosen}, but {', '.join(splits)}{beside}: write {path}:SPLIT")
+        splits = find_splits(path)
+        chosen = wanted or ([*splits][0] if len(splits) == 1 and split == "test" else split)
+        if chosen not in splits:
+            raise InputError(f"no split {chosen}, but {', '.join(splits)}: write {path}:SPLIT")
         files, wanted = splits[chosen], None
         if isinstance(files, datasets.Dataset):
             return [files._fingerprint], lambda: files
@@ -470,43 +440,34 @@ def find_rows(name: str, split: str):
     return content, lambda: [row for file in files for row in read_file(file) if wanted in (None, row.get("split"))]
 
 
-def find_splits(path: str, only: str) -> tuple[dict, str]:
-    """The splits of a data set on the Hub or of a folder, each a data set or its files; and what belongs to none."""
+def find_splits(path: str) -> dict:
+    """The splits of a data set on the Hub or of a folder, each a data set or its files."""
     if not Path(path).is_dir():
-        return datasets.load_dataset(path), ""
+        return datasets.load_dataset(path)
     if any((Path(path) / saved).exists() for saved in ("state.json", "dataset_dict.json")):  # by save_to_disk
         splits = datasets.load_from_disk(path)
-        return splits if isinstance(splits, dict) else {only: splits}, ""
-    patterns = datasets.data_files.get_data_patterns(path)  # the names of files that stand for a split
-    found = datasets.data_files.DataFilesDict.from_patterns(patterns, base_path=path)
+        return splits if isinstance(splits, dict) else {"train": splits}
+    found = datasets.load_dataset_builder(path).config.data_files  # by their names, or as a README.md there says
     splits = {str(key): [Path(f) for f in files if DATA_FILE.search(f)] for key, files in found.items()}
     others = {file.name for file in Path(path).rglob("*") if DATA_FILE.search(file.name)}
-    others -= {file.name for files in splits.values() for file in files}
-    beside = f" (of no split, and not read: {', '.join(sorted(others))})" * bool(others)
-    print(f"{path}{beside}\n" * bool(others), end="")
-    return splits, beside
+    if others := others - {file.name for files in splits.values() for file in files}:
+        print(f"{path}: of no split, and not read: {', '.join(sorted(others))}")
+    return splits
 
 
 def read_file(path: Path) -> list[dict]:
     """Rows of Parquet, CSV, a JSON list, or a JSON object on each line; texts stay the texts that they are."""
-    if path.suffix == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pylist()
-    with pyarrow.input_stream(str(path), compression="detect") as file:
-        text = file.read().decode("utf-8-sig")
-    if ".csv" in path.suffixes:
-        csv.field_size_limit(1 << 30)
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True))
-        if shifted := next((number for number, row in enumerate(rows, 1) if "" in row), None):
-            raise InputError(f"{path.name}, row {shifted}: more fields than there are headings")
-        return rows
-    if text.lstrip().startswith("["):
+    with naming(path.name):
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.input_stream(str(path), compression="detect") as file:
+            text = file.read().decode("utf-8-sig")
+        if ".csv" in path.suffixes:
+            csv.field_size_limit(1 << 30)
+            return list(csv.DictReader(io.StringIO(text, newline=""), restkey="(no heading)", strict=True))
+        if not text.lstrip().startswith("["):  # an object on each line: the same lines as a list
+            text = "[" + re.sub(r"(\n\s*)(?=\{)", r"\1,", text.strip()) + "]"
         return json.loads(text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            with naming(f"{path.name}, line {number}"):
-                rows.append(json.loads(line))
-    return rows
 
 
 class Row(UserDict):
@@ -531,7 +492,7 @@ def encoded(rows, encode, notes: Path):
                 dropped[str(error)] += 1
                 continue
             left = {name for name in columns.keys() - row.read if columns[name]}
-            if asking := left.intersection("question query input system history context".split()):
+            if asking := left.intersection(ASKING):
                 raise ValueError(f"column {min(asking)!r} would not be read: rename it to prompt, join or remove it")
         read, every = read | row.read, every | columns.keys()
         # Lists as arrays, since one without elements has no type.
@@ -541,29 +502,24 @@ def encoded(rows, encode, notes: Path):
         raise InputError(f"no usable row is left ({reasons})")
     text = f"; dropped {sum(dropped.values())}: {reasons}" * bool(dropped)
     text += f"; columns {', '.join(sorted(every & read))}"
-    write_file(notes, text + f"; not read: {', '.join(sorted(every - read))}" * (every > read))
+    write_file(notes, text + f"; not read: {', '.join(sorted(every - read))}" * bool(every - read))
 
 
 def load_rows(flag: str, name: str, split: str, encode, process: Process) -> datasets.Dataset:
     """The columns that `encode(row)`, a functools.partial, makes of each row that is not Unusable. The first rank of
     each machine encodes them, once for all starts, to disk, where all read them without a copy."""
 
-    def build() -> tuple[Path, str]:
+    def build() -> tuple[datasets.Dataset, str]:
         with naming(f"{flag} {name}"):
             content, read = find_rows(name, split)
-            settings = {key: value for key, value in encode.keywords.items() if key != "tokenizer"}
             tokenizer = model_version(encode.keywords["tokenizer"].name_or_path, weights=False)
-            path = cache_path("rows", content, encode.func.__name__, settings, tokenizer)
+            path = cache_path("rows", content, encode.func.__name__, encode.keywords | {"tokenizer": tokenizer})
             notes = path.with_suffix(".txt")  # written before the rows are whole: where they are, it is too
+            cache = {"cache_dir": str(path.parent), "fingerprint": path.name}
+            rows = datasets.Dataset.from_generator(lambda: encoded(read(), encode, notes), **cache)
+            return rows, notes.read_text(encoding="utf-8")
 
-            def generate():
-                yield from encoded(read(), encode, notes)
-
-            datasets.Dataset.from_generator(generate, cache_dir=str(path.parent), fingerprint=path.name)
-            return path, notes.read_text(encoding="utf-8")
-
-    path, notes = on_rank_0(process, build, each_machine=True)
-    rows = datasets.Dataset.from_generator(list, cache_dir=str(path.parent), fingerprint=path.name)  # they are there
+    rows, notes = on_rank_0(process, build, each_machine=True)  # to other ranks goes the name of the rows' file
     process.print(f"{flag}: {len(rows)} rows{notes}")
     return rows
 
@@ -580,19 +536,18 @@ def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, dataset
         rows = load_rows("--dataset", args.dataset, "train", encode, process) if args.epochs else held_out.select([])
         return rows, held_out
     rows = load_rows("--dataset", args.dataset, "train", encode, process)
-    prompts = [prompt or row for row, prompt in enumerate(rows["prompt"])]  # without a prompt each row is its own
-    sizes, chosen, room = Counter(prompts), set(), math.ceil(min(500, len(rows) / 10))
-    names = list(sizes)
-    for i in np.random.default_rng(args.seed).permutation(len(names)):  # whole prompts, so that none is on both sides
-        if sizes[names[i]] <= room:
-            chosen.add(names[i])
-            room -= sizes[names[i]]
-    if not chosen:
+    prompts, held_out, room = defaultdict(list), [], math.ceil(min(500, len(rows) / 10))
+    for row, prompt in enumerate(rows["prompt"]):
+        prompts[prompt or row].append(row)  # without a prompt each row is its own
+    groups = list(prompts.values())
+    for i in np.random.default_rng(args.seed).permutation(len(groups)):  # whole prompts, so that none is on both sides
+        if len(held_out) + len(groups[i]) <= room:
+            held_out += groups[i]
+    if not held_out:
         raise InputError(f"--dataset {args.dataset}: no prompt has few enough rows to be held out: pass --eval_dataset")
-    train = [row for row, prompt in enumerate(prompts) if prompt not in chosen] if args.epochs else []
-    held_out = rows.select([row for row, prompt in enumerate(prompts) if prompt in chosen])
-    process.print(f"held out: {len(held_out)} rows, all those of {len(chosen)} of {len(sizes)} prompts")
-    return rows.select(train), held_out
+    process.print(f"held out: {len(held_out)} rows, by whole prompts")
+    train = sorted({*range(len(rows))} - {*held_out}) if args.epochs else []
+    return rows.select(train), rows.select(sorted(held_out))
 
 
 def load_ranked(args, encode) -> tuple[datasets.Dataset | None, list[list[float]]]:
@@ -705,19 +660,16 @@ def read_turns(prompt, answers: list, tools, tokenizer, kind: str) -> dict:
     whole is rendered and tokenized, as others do who score it or train on it; the answer is what follows the prompt."""
 
     def clean(value):  # without what is null, which Arrow gives to each turn that lacks what another has
-        if isinstance(value, dict):
-            return {key: clean(each) for key, each in value.items() if each is not None}
-        return [clean(each) for each in value] if isinstance(value, list) else value
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        return json.loads(text, object_hook=lambda turn: {k: v for k, v in turn.items() if v is not None})
 
-    def key(turn: dict) -> dict:
+    def key(turn: dict) -> str:
         content = turn.get("content") or ""
-        return turn | {"content": content.strip() if isinstance(content, str) else content}
+        return json.dumps(turn | {"content": content.strip() if isinstance(content, str) else content}, sort_keys=True)
 
     begun = clean([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or [])
     answers = [clean([{"role": "assistant", "content": a}] if isinstance(a, str) else a) for a in answers]
-    shared = 0
-    while answers and all(len(a) > shared + 1 and key(a[shared]) == key(answers[0][shared]) for a in answers):
-        shared += 1
+    shared = len(os.path.commonprefix([[key(turn) for turn in answer[:-1]] for answer in answers]))
     repeated, answers = answers[0][:shared] if answers else [], [answer[shared:] for answer in answers]
     # The answers may repeat the prompt, also behind other turns, or its end: no turn comes twice.
     ours, theirs = ([key(turn) for turn in turns] for turns in (begun, repeated))
@@ -728,10 +680,9 @@ def read_turns(prompt, answers: list, tools, tokenizer, kind: str) -> dict:
         raise Unusable("missing text")
     if any(answer[-1:] == [] or answer[-1]["role"] != "assistant" for answer in answers):
         raise Unusable("no answer at the end")
-    if not all(key(turn)["content"] or turn.get("tool_calls") for answer in answers for turn in answer):
+    if not all(str(turn.get("content") or "").strip() or turn.get("tool_calls") for a in answers for turn in a):
         raise Unusable("empty response")
-    tools = json.loads(tools) if isinstance(tools, str) else clean(tools)
-    render = functools.partial(tokenizer.apply_chat_template, tools=tools or None, tokenize=False)
+    render = functools.partial(tokenizer.apply_chat_template, tools=clean(tools) or None, tokenize=False)
     start, wholes = render(begun, add_generation_prompt=True), [render(begun + answer) for answer in answers]
     if not all(whole.startswith(start) for whole in wholes):
         raise ValueError("the chat template does not go on with an answer where it asks for one")
@@ -778,8 +729,7 @@ def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, need
         raise Unusable("prompt without a token")  # nothing would predict the response's first one
     if max(len(chosen), len(rejected)) > max_length:
         raise Unusable(f"longer than --max_length {max_length}")  # Upstream: truncated
-    prefix = len(os.path.commonprefix([chosen, rejected]))
-    prefix = min(prefix, len(chosen) - 1, len(rejected) - 1)  # each has a token of its own
+    prefix = len(os.path.commonprefix([chosen[:-1], rejected[:-1]]))  # each has a token of its own
     columns |= dict(zip(("chosen", "rejected"), columns.pop("answers")), chosen_ids=chosen, rejected_ids=rejected)
     columns |= dict(prefix=prefix, chosen_length=len(chosen) - prefix, rejected_length=len(rejected) - prefix)
     columns |= dict(row_length=len(chosen) + len(rejected) - prefix)
@@ -788,41 +738,6 @@ def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, need
         if not 0 < columns["similarity"] <= 1:
             raise ValueError(f"similarity is {columns['similarity']}, but --constraint given needs it in (0, 1]")
     return columns
-
-
-# ---------------------------------------------------------------- metrics of pairs
-
-
-def rank_correlations(scores: list[float], human: list[list[float]]) -> dict[str, float | None]:
-    """Mean over prompts of the rank correlation of a model's scores, prompt after prompt, with the human ones."""
-    scores = iter(scores)
-    both = [([next(scores) for _ in own], own) for own in human]
-    kinds = {"ranked_spearman": spearmanr, "ranked_kendall": kendalltau}
-    values = {name: [kind(*pair).statistic for pair in both] for name, kind in kinds.items()}
-    return {name: float(np.nanmean(each)) if each else None for name, each in values.items()}
-
-
-def margin_metrics(margin, bound, rank_loss, constraint_loss) -> dict[str, float | None]:
-    """What any loss says of the margins of some pairs, their bounds (NaN: none) and the loss's terms, each (n,)."""
-    bounded = not bound.isnan().any()
-    return {
-        "loss": (rank_loss + constraint_loss).mean().item(),
-        "rank_loss": rank_loss.mean().item(),
-        "constraint_loss": constraint_loss.mean().item() if bounded else None,
-        "accuracy": (margin > 0).float().mean().item(),
-        "margin_mean": margin.mean().item(),
-        "margin_std": margin.std(correction=0).item(),
-        "margin_max": margin.max().item(),
-        "bound_mean": bound.mean().item() if bounded else None,
-        "over_bound": (margin > bound).float().mean().item() if bounded else None,
-    }
-
-
-def pair_correlations(margin: torch.Tensor, similarity: torch.Tensor, pairs) -> dict[str, float]:
-    """How well length alone would rank the pairs, and whether the margin grows where the responses differ."""
-    longer = np.sign(np.subtract(column(pairs, "chosen_length"), column(pairs, "rejected_length")))
-    spearman = spearmanr(margin, similarity).statistic
-    return {"length_accuracy": float((longer + 1).mean() / 2), "spearman_similarity": float(spearman)}  # ties: a half
 
 
 # ---------------------------------------------------------------- batches
@@ -841,11 +756,9 @@ def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.
     come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the batches are shuffled.
     Ranks and micro batches then cut a global batch, so their number changes nothing."""
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
     # Drop the incomplete batch before sorting; after it, always the longest rows would be dropped.
-    order = order[: len(order) // size * size]
-    windows = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]
-    order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
+    order = rng.permutation(len(lengths))[: len(lengths) // size * size]
+    order = order[np.lexsort((lengths[order], np.arange(len(order)) // (50 * size)))]
     return rng.permutation(order.reshape(-1, size))
 
 
@@ -910,23 +823,46 @@ def over_rows(module, forward, rows, args, process: Process) -> torch.Tensor:
     module.eval()
     order = np.argsort(-column(rows, "row_length"), kind="stable")
     batches = [order[i : i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
-    results = None
-    for first in range(0, len(batches), process.world_size):
-        number = first + process.rank  # at ZeRO-3 each rank must run equally many batches: the last ones may idle
-        chosen = batches[min(number, len(batches) - 1)]
-        result = forward(rows[chosen]).float()  # B k
-        if results is None:
-            results = result.new_zeros(len(rows), result.shape[1])
-        if number < len(batches):
-            results[torch.as_tensor(chosen, device=results.device)] = result
-    dist.all_reduce(results)
+    batches += batches[-1:] * (-len(batches) % process.world_size)  # at ZeRO-3 each rank must run equally many
+    mine = [forward(rows[batch]).float() for batch in batches[process.rank :: process.world_size]]  # each B k
+    results = torch.cat(interleaved([each.cpu() for each in mine]))[: len(order)][np.argsort(order)]  # n k
     module.train()
     if not results.isfinite().all():
         raise InputError("evaluation: a score is not finite; the model has diverged or its weights are broken")
-    return results.cpu()
+    return results
 
 
-# ---------------------------------------------------------------- metrics of a run
+# ---------------------------------------------------------------- metrics
+
+
+def margin_metrics(margin, bound, rank_loss, constraint_loss) -> dict[str, float]:
+    """What any loss says of the margins of some pairs, their bounds (NaN: none) and the loss's terms, each (n,)."""
+    bounded = not bound.isnan().any()
+    return {
+        "loss": (rank_loss + constraint_loss).mean().item(),
+        "rank_loss": rank_loss.mean().item(),
+        "constraint_loss": constraint_loss.mean().item() if bounded else math.nan,
+        "accuracy": (margin > 0).float().mean().item(),
+        "margin_mean": margin.mean().item(),
+        "margin_std": margin.std(correction=0).item(),
+        "margin_max": margin.max().item(),
+        "bound_mean": bound.mean().item(),
+        "over_bound": (margin > bound).float().mean().item() if bounded else math.nan,
+    }
+
+
+def correlations(margin, similarity, pairs, scores: list[float], human: list[list[float]]) -> dict[str, float]:
+    """How well length alone would rank the pairs; whether the margin grows where the responses differ; the mean over
+    prompts of the rank correlation of ranked responses' scores, prompt after prompt, with the human ones."""
+    longer = np.sign(np.subtract(column(pairs, "chosen_length"), column(pairs, "rejected_length")))
+    scores = iter(scores)
+    both = [([next(scores) for _ in own], own) for own in human]
+    return {
+        "length_accuracy": float((longer + 1).mean() / 2),  # ties: a half
+        "spearman_similarity": float(spearmanr(margin, similarity).statistic),
+        "ranked_spearman": float(np.nanmean([spearmanr(*pair).statistic for pair in both])),
+        "ranked_kendall": float(np.nanmean([kendalltau(*pair).statistic for pair in both])),
+    }
 
 
 class Metrics:
@@ -937,40 +873,33 @@ class Metrics:
         self.path, self.board, self.purge_step = folder / "metrics.jsonl", None, None
         self.history, self.amounts, self.since = [], Counter(), time.perf_counter()
 
-    def state(self) -> dict:
-        """What later lines depend on."""
-        return {"history": self.history, "size": self.path.stat().st_size if self.path.exists() else 0}
-
     def go_on(self, step: int, history: list[dict], size: int) -> None:
-        """Go on after the step at which state() was taken: what was written since then is cut off."""
+        """Go on after a step, with its history and the size of the file: what was written since then is cut off."""
         self.history, self.purge_step, self.since = history, step + 1, time.perf_counter()
         if self.process.rank == 0:
             os.truncate(self.path, size)
 
     def add(self, step: int, values: dict, last: bool = False, **amounts: int) -> bool:
         """Keep a step's values; every --log_every steps write their means, and amounts per second. Whether it wrote."""
-        self.history.append({name: None if value is None else float(value) for name, value in values.items()})
+        self.history.append({name: float(value) for name, value in values.items()})
         self.amounts.update(amounts)
         if not (last or step in (1, self.total_steps) or step % self.log_every == 0):
             return False
-        columns = {name: [line[name] for line in self.history] for name in values}
-        means = {name: None if None in values else float(np.mean(values)) for name, values in columns.items()}
+        means = {name: float(np.mean([line[name] for line in self.history])) for name in values}
         seconds, self.history = time.perf_counter() - self.since, []  # since the last line, of whatever kind
         self.write(step, "train", means | {f"{name}_per_s": n / seconds for name, n in self.amounts.items()})
         return True
 
     def write(self, step: int, split: str, values: dict) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         if self.process.rank == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json_line({"step": step, "split": split, **values}))
             self.board = self.board or SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self.purge_step)
             for name, value in values.items():
-                if value is not None and math.isfinite(value):
+                if math.isfinite(value):
                     self.board.add_scalar(f"{split}/{name}", value, step)
             self.board.flush()
-        shown = [f"{name} {values[name]:.4g}" for name in self.shown if values.get(name) is not None]
+        shown = [f"{name} {values[name]:.4g}" for name in self.shown if name in values]
         self.process.print(f"step {step} of {self.total_steps}, {split}: {', '.join(shown)}")
         self.amounts, self.since = Counter(), time.perf_counter()
 
@@ -997,25 +926,23 @@ def load_tokenizer(path: str, trust_remote_code: bool):
     with naming(f"tokenizer {path}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if tokenizer.eos_token_id is None:
-            raise ValueError("it has no EOS token, which ends every response")
+            raise ValueError("no EOS token, which ends every response")
         taken = {tokenizer.eos_token, tokenizer.bos_token}
         if tokenizer.pad_token is None or tokenizer.pad_token in taken:
             special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
             free = [each for each in special if each not in taken and each not in str(tokenizer.chat_template or "")]
             if not free:
-                how = "set `pad_token` in its tokenizer_config.json to a token that texts never contain"
-                raise ValueError(f"it has no padding token but EOS, and no unused one to lend: {how}")
+                raise ValueError("no padding token but EOS, and none to lend: set pad_token in tokenizer_config.json")
             tokenizer.pad_token = min(free, key=lambda each: ("pad" not in each.lower(), each != tokenizer.unk_token))
     return tokenizer
 
 
-def check_tokenizer(flag: str, path: str, tokenizer, flag_of_tokenizer: str, trust_remote_code: bool) -> None:
+def check_tokenizer(flag: str, path: str, tokenizer, trust_remote_code: bool) -> None:
     """InputError unless the model at `path` has the same tokens, and begins and ends a text with the same ones."""
-    other = load_tokenizer(path, trust_remote_code)
-    kinds = {"vocabulary": lambda t: t.get_vocab(), "EOS token": lambda t: t.eos_token, "BOS token": beginning}
-    for what, of in kinds.items():
-        if of(other) != of(tokenizer):
-            raise InputError(f"{flag} {path} has another {what} than {flag_of_tokenizer} {tokenizer.name_or_path}")
+    both = (tokenizer, load_tokenizer(path, trust_remote_code))
+    ours, theirs = ((each.get_vocab(), each.eos_token, beginning(each)) for each in both)
+    if ours != theirs:
+        raise InputError(f"{flag} {path} has another vocabulary, BOS or EOS token than {tokenizer.name_or_path}")
 
 
 def encoder_of(args, start: str) -> str:
@@ -1052,7 +979,7 @@ def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config:
         if args.max_length > positions and tables & {positions, positions + 2}:  # a table ends there (OPT's 2 later)
             raise ValueError(f"{positions} learned positions for rows of up to {args.max_length} tokens: lower --max_*")
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable()
     del sharding
     return model, info
 
@@ -1071,8 +998,7 @@ def load_language_model(flag: str, path: str, args, tokenizer, engine_config: di
             ends.add(read_turns("a", ["a"], None, tokenizer, "demonstration")["answer_ids"][0][-1])
     ends = sorted((ends | {tokenizer.eos_token_id}) - {tokenizer.pad_token_id})
     # Else `generate` would take the model's own suppressed tokens, top-p and the like over.
-    own = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = transformers.GenerationConfig(**own)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     return model
 
 
@@ -1154,8 +1080,7 @@ def check_model(engine, model, args, process: Process) -> bool:
     engine.train()
     apart = pair(False)
     if not apart.isfinite().all():
-        name = config.name_or_path
-        raise InputError(f"{name} gives what is not finite: its weights are broken, or too large for {args.dtype}")
+        raise InputError(f"{config.name_or_path}: scores are not finite: broken weights, or too large for {args.dtype}")
     ids = torch.tensor([[0] * 16 + prefix + chosen], device=process.device)
     mask = torch.arange(ids.shape[1], device=process.device)[None] >= 16
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -1177,16 +1102,14 @@ def engine_config(args, accumulation: int) -> dict:
     """The DeepSpeed configuration of one engine."""
     # DeepSpeed offloads from stage 1 on, and its bf16 optimizer would step once on no gradient at stage 0.
     args.zero_stage = max(args.zero_stage, int(args.dtype == "bf16" or args.offload))
-    to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    names = ("offload_optimizer", *["offload_param"] * (args.zero_stage == 3)) if args.offload else ()
+    to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if args.offload else None
     return {
         "train_micro_batch_size_per_gpu": args.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": args.dtype == "bf16"},
-        "zero_optimization": {"stage": args.zero_stage, **dict.fromkeys(names, to_cpu)},
+        "zero_optimization": {"stage": args.zero_stage, "offload_optimizer": to_cpu, "offload_param": to_cpu},
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloading too, and compiles nothing
-        "steps_per_print": 1 << 30,
     }
 
 
@@ -1203,10 +1126,9 @@ def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, p
         process.print(f"settings not given are those of --task toy, learning rate {args.learning_rate:g}: {how}")
     # Gradients are reduced in buckets, whose default is this limit: a gigabyte for the smallest model.
     config["zero_optimization"]["reduce_bucket_size"] = min(numbers, 500_000_000)
-    groups = [
-        {"params": [p for p, shape in shapes.items() if len(shape) > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p, shape in shapes.items() if len(shape) < 2], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [], "weight_decay": decay} for decay in (args.weight_decay, 0.0)]
+    for parameter, shape in shapes.items():
+        groups[len(shape) < 2]["params"].append(parameter)
     groups = [group for group in groups if group["params"]]  # OLMo has no norm weights
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, total_steps)
@@ -1214,24 +1136,19 @@ def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, p
     return engine
 
 
-def optimizer_step(step: int, losses: list[torch.Tensor], *engines) -> list[float]:
+def optimizer_step(step: int, *engines) -> list[float]:
     """The last step() of a global batch, of each (engine, its args); returns the gradients' norms before clipping.
-    InputError on all ranks where a loss or a gradient is not finite: DeepSpeed would skip the step in silence, or in
-    fp32 without ZeRO write NaN into the weights."""
-    finite, norms = torch.stack(losses).isfinite().all().float(), []
-    dist.all_reduce(finite, dist.ReduceOp.MIN)
-    what = "gradient" if finite else "loss"
-    for engine, args in engines if finite else ():
-        norm, skipped = 0.0, engine.skipped_steps
-        if args.zero_stage == 0:  # the engine does not report it here
-            norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    InputError on all ranks where one is not finite, be it of one rank's loss: DeepSpeed would skip the step in silence,
+    or in fp32 without ZeRO write NaN into the weights."""
+    norms = []
+    for engine, args in engines:
+        gradients = [] if args.zero_stage else [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)  # which the engine does not report at stage 0
         engine.step()
-        norms.append(float(engine.get_global_grad_norm() if args.zero_stage else norm))
-        finite = finite and engine.skipped_steps == skipped and math.isfinite(norms[-1])
-    if not finite:
-        rates = ", ".join(f"{args.learning_rate:g}" for _, args in engines)
-        how = f"lower the learning rate ({rates}), look at the data, or use --dtype fp32"
-        raise InputError(f"step {step}: the {what} is not finite: {how}")
+        norms.append(float(engine.get_global_grad_norm() if args.zero_stage else norm))  # of a step not taken inf
+        if not math.isfinite(norms[-1]):
+            how = f"lower the learning rate ({args.learning_rate:g}), look at the data, or use --dtype fp32"
+            raise InputError(f"step {step}: the gradient is not finite: {how}")
     return norms
 
 
@@ -1244,8 +1161,7 @@ def unsharded(engine):
     sharding = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         sharding._remove_module_hooks()  # they would shard each layer again behind its forward pass
-        sharding.forward_hooks.clear()
-        sharding.backward_hooks.clear()
+        sharding.forward_hooks, sharding.backward_hooks = [], []
         yield
     sharding.setup_zero_stage3_hooks()
 
@@ -1253,10 +1169,8 @@ def unsharded(engine):
 def save_model(engine, model, tokenizer, folder: Path, process: Process) -> None:
     """Write a Hugging Face folder (safetensors, configuration, tokenizer) of `model`, engine.module or a part of it."""
     on_signals(signal.SIG_DFL)  # no step will end with a checkpoint any more
-    prefix = next(name for name, module in engine.module.named_modules() if module is model)
     weights = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_stage() == 3 else None
-    if weights is not None:
-        weights = {name.removeprefix(f"{prefix}."): value for name, value in weights.items()}
+    weights = weights and {name.removeprefix("classifier."): value for name, value in weights.items()}  # a Scorer's
 
     def write() -> None:
         with naming(f"cannot write {folder}"), writing(folder) as part:
@@ -1269,13 +1183,11 @@ def save_model(engine, model, tokenizer, folder: Path, process: Process) -> None
 # ---------------------------------------------------------------- answers and pictures
 
 
-def drawn(points: torch.Tensor, width: int, temperature: float, input_ids, scores: torch.Tensor) -> torch.Tensor:
-    """Scores (R, V) that leave greedy decoding the drawn tokens alone. Each row has random numbers of its own (R, L):
-    what it draws does not depend on the rows beside it."""
+def drawn(points, temperature: float, input_ids, scores: torch.Tensor) -> torch.Tensor:
+    """Scores (R, V) that leave greedy decoding the drawn tokens alone. Each row has random numbers of its own, of which
+    `points` gives the next (R, 1): what it draws does not depend on the rows beside it."""
     cumulated = (scores.float() / temperature).softmax(-1).double().cumsum(-1)  # R V
-    step = input_ids.shape[1] - width
-    point = points[:, step : step + 1] * cumulated[:, -1:]  # R 1
-    token = torch.searchsorted(cumulated, point, right=True)  # R 1
+    token = torch.searchsorted(cumulated, next(points) * cumulated[:, -1:], right=True)  # R 1
     return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
 
 
@@ -1300,7 +1212,7 @@ def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, temperatu
             inputs = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
             width, length = inputs.input_ids.shape[1], max(rooms[row] for row in rows)
             points = torch.tensor(np.stack([np.random.default_rng(seeds[row]).random(length) for row in rows]))
-            draw = [functools.partial(drawn, points.to(model.device), width, temperature)]
+            draw = [functools.partial(drawn, iter(points.to(model.device).T[..., None]), temperature)]
             output = model.generate(**inputs, logits_processor=draw, max_new_tokens=length, do_sample=False)  # R T+L
             for row, answer in zip(rows, output[:, width:].tolist()):
                 end = next((place for place, token in enumerate(answer, 1) if token in ends), len(answer))
@@ -1332,20 +1244,17 @@ def write_generations(answers: list[tuple[str, str]], args, process: Process) ->
 
 
 def plot_margins(lines: list[dict], args, path: Path) -> None:
-    """Margin and bound of each held-out pair against its similarity, and the margins' histogram."""
+    """Margin and bound of each held-out pair against its similarity."""
     from matplotlib.figure import Figure
 
     similarity, margin, bound = (np.array([x[name] for x in lines]) for name in ("similarity", "margin", "bound"))
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    left.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0, label="margin")
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    axis.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0, label="margin")
     if args.constraint != "none":
-        left.scatter(similarity, bound, s=3, color="C3", label="bound δ*")
-    left.axhline(0, color="0.6", linewidth=0.8)
-    left.legend()
-    kind = {"cos_sim": "cosine, angular", "given": "given"}.get(args.constraint, "length ratio")
-    left.set(xlabel=f"similarity s ({kind})", ylabel="margin", title=f"{args.constraint}: held-out pairs")
-    left.set_ylim(margin.min() - 0.5, max(margin.max(), 6) * 1.6)
-    right.hist(margin, bins=40, orientation="horizontal")
-    right.set(xlabel="pairs", title=f"largest margin {margin.max():.1f}")
+        axis.scatter(similarity, bound, s=3, color="C3", label="bound δ*")
+    axis.axhline(0, color="0.6", linewidth=0.8)
+    axis.legend()
+    axis.set(xlabel="similarity s", ylabel="margin", title=f"{args.constraint}: largest margin {margin.max():.1f}")
+    axis.set_ylim(margin.min() - 0.5, max(margin.max(), 6) * 1.6)
     figure.savefig(path)

@@ -11,11 +11,9 @@ evaluate      python dpo.py --epochs 0 --model <DPO model> --ref_model <SFT mode
 Input: preference pairs (JSON, JSONL, CSV, Parquet, a folder, a Hub id) with the columns [prompt/]chosen/rejected, or
 instruction/input/output_1/output_2/preference (AlpacaFarm), or info/summaries/choice (summarize_from_feedback).
 Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, eval.jsonl (a line per held-out pair), margins.png,
-generations.json (sampled answers to held-out prompts, as AlpacaEval reads them) and model/, which
-`AutoModelForCausalLM.from_pretrained` loads.
+generations.json (sampled answers, for AlpacaEval) and model/, which `AutoModelForCausalLM.from_pretrained` loads.
 
-Symbols in the shapes: B pairs of a micro batch, R rows, T tokens of a row, N response tokens of a micro batch, n pairs
-of a data set.
+Shapes: B pairs, R rows and N response tokens of a micro batch, T tokens of a row, n pairs of a data set.
 """
 
 import common  # first: it sets what torch reads when it is loaded
@@ -36,8 +34,8 @@ from priors import cosine_similarity, encode_texts, length_ratio, pair_bounds, r
 class Args:
     """Train a policy on preference pairs with a prior constraint on its margins.
 
-    A flag on the command line wins over what --task and --constraint set; the defaults shown are what they set there.
-    --dataset cancels the task's own evaluation data. Held out are whole prompts, drawn by --seed.
+    A flag wins over what --task and --constraint set, which --help shows as the defaults. --dataset cancels the task's
+    evaluation data. Held out are whole prompts, drawn by --seed.
     """
 
     task: Literal["toy", "alpaca"] = "toy"  # Sets data and hyperparameters: the embedded task, or the paper's dialogue.
@@ -56,19 +54,19 @@ class Args:
     label_smoothing: float = 0.0  # Share of labels taken to be wrong, in both terms of the loss; at most 0.5.
     generate: int = 16  # Held-out prompts that are answered at the end, into generations.json; 0: none.
 
-    beta1: float = 20.0  # β1 of the bound: how fast it loosens as the responses differ.
-    beta2: float = 0.001  # β2 of the bound: keeps the fraction finite.
-    beta3: float = -15.0  # β3 of the bound: moves its floor δ*(1).
-    fixed_bound: float = 4.5  # The bound of every pair with --constraint fixed; alpaca needs it given.
-    random_low: float = 4.0  # Lower end of the bounds drawn with --constraint random; alpaca needs it given.
-    random_high: float = 5.0  # Upper end of the bounds drawn with --constraint random; alpaca needs it given.
+    beta1: float = 20.0  # How fast the bound loosens as the responses differ.
+    beta2: float = 0.001  # Keeps the bound's fraction finite.
+    beta3: float = -15.0  # Moves the bound's floor δ*(1).
+    fixed_bound: float = 4.5  # The bound with --constraint fixed; alpaca needs it given.
+    random_low: float = 4.0  # Lowest bound with --constraint random; alpaca needs it given.
+    random_high: float = 5.0  # Highest bound with --constraint random; alpaca needs it given.
     shuffle_bounds: bool = False  # Deal the bounds of a prior to other pairs: the control that has lost only the prior.
     encoder: str = ""  # Folder or Hub id of the text encoder of cos_sim; empty: the reference's hidden states.
     encoder_pooling: Literal["cls", "mean"] = "mean"  # Of last hidden states: the first token's, or the mean of all.
 
     max_length: int = 256  # Tokens of prompt + response + EOS; longer pairs are dropped, longer answers cut.
-    learning_rate: float = 2e-4  # Peak learning rate; cosine to 0.
-    weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
+    learning_rate: float = 2e-4  # Its peak; cosine to 0.
+    weight_decay: float = 0.1  # AdamW's; none on biases and norm weights.
     epochs: int = 2  # Passes over the data; 0: evaluate only.
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Pairs per rank and forward pass, at most.
@@ -111,8 +109,7 @@ def preset(task: str, constraint: str) -> dict:
 
 def collate(batch: dict, pad_token_id: int, share_prefix: bool, dtype, device) -> dict[str, torch.Tensor]:
     """Inputs for B pairs (see common.collate_pairs), their N response tokens as labels (R, T), elsewhere -100; of each
-    of these tokens its pair (N,) and branch (N,): 0 what both responses begin with, 1 chosen, 2 rejected.
-    """
+    of these tokens its pair (N,) and branch (N,): 0 what both responses begin with, 1 chosen, 2 rejected."""
     inputs, labels, branch, positions = common.collate_pairs(batch, pad_token_id, share_prefix, dtype, device)
     each = len(labels) // len(batch["prefix"])  # rows of a pair
     starts = torch.tensor([len(ids) - 1 for ids in batch["prompt_ids"] for _ in range(each)], device=device)  # R
@@ -129,7 +126,7 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     """How alike the responses of each pair are, (n,) in (0, 1]: once, before training, cached on disk by content."""
     if args.constraint == "given":
         return torch.tensor(common.column(pairs, "similarity")).float()
-    if args.constraint != "cos_sim":  # for none and the controls a diagnostic
+    if args.constraint != "cos_sim" or not len(pairs):  # for none and the controls a diagnostic
         return length_ratio(*(torch.tensor(common.column(pairs, f"{side}_length")) for side in ("chosen", "rejected")))
 
     def compute() -> torch.Tensor:
@@ -178,13 +175,10 @@ def reference_logps(reference, pairs, args: Args, collator, process: common.Proc
 
 
 def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, bound, rank_loss, constraint_loss, kl_beta) -> dict:
-    """The public metrics of some pairs, from log π and log π_ref of their responses, bounds (NaN: none) and losses.
-
-    All of shape (n,). kl estimates KL(π_ref || π), as if the pairs' responses were the reference's own.
-    """
+    """The public metrics of some pairs, from log π and log π_ref of their responses, bounds (NaN: none) and losses, all
+    (n,). kl estimates KL(π_ref || π), as if the pairs' responses were the reference's own."""
     chosen_reward, rejected_reward = kl_beta * (chosen - ref_chosen), kl_beta * (rejected - ref_rejected)
-    margin = chosen_reward - rejected_reward
-    return common.margin_metrics(margin, bound, rank_loss, constraint_loss) | {
+    return common.margin_metrics(chosen_reward - rejected_reward, bound, rank_loss, constraint_loss) | {
         "chosen_reward": chosen_reward.mean().item(),
         "rejected_reward": rejected_reward.mean().item(),
         "chosen_logps": chosen.mean().item(),
@@ -196,25 +190,22 @@ def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, bound, rank_loss, c
 def evaluate(engine, pairs, similarity, ref_logps, ranked, args: Args, collator, process) -> tuple[dict, list[dict]]:
     """Metrics over all held-out pairs, and a line per pair. ranked: see common.load_ranked, and their log π_ref."""
 
-    def logps(batch: dict) -> torch.Tensor:
+    def logps_of(batch: dict) -> torch.Tensor:
         return pair_logps(engine, **collator(batch))  # B 2
 
-    chosen, rejected = common.over_rows(engine, logps, pairs, args, process).T  # n, n
-    chosen_reward, rejected_reward = args.kl_beta * (chosen - ref_logps[0]), args.kl_beta * (rejected - ref_logps[1])
-    margin, bound = chosen_reward - rejected_reward, bounds_of(similarity, args)  # n, n
+    logps = common.over_rows(engine, logps_of, pairs, args, process).T  # 2 n
+    chosen, rejected = args.kl_beta * (logps - ref_logps)  # n, n
+    margin, bound = chosen - rejected, bounds_of(similarity, args)  # n, n
     rank_loss = ranking_loss(margin, args.label_smoothing)
     constraint_loss = ranking_loss(bound - margin, args.label_smoothing) if args.constraint != "none" else 0 * margin
-    metrics = pair_metrics(chosen, rejected, *ref_logps, bound, rank_loss, constraint_loss, args.kl_beta)
-    rows, human, ranked_ref_logps = ranked
-    own = (common.over_rows(engine, logps, rows, args, process).T - ranked_ref_logps)[0].tolist() if human else []
-    metrics |= common.pair_correlations(margin, similarity, pairs) | common.rank_correlations(own, human)
-    columns = dict(chosen_reward=chosen_reward, rejected_reward=rejected_reward, margin=margin, similarity=similarity)
-    columns |= dict(chosen_logps=chosen, rejected_logps=rejected, bound=bound)
+    metrics = pair_metrics(*logps, *ref_logps, bound, rank_loss, constraint_loss, args.kl_beta)
+    rows, human, ranked_ref = ranked
+    own = (common.over_rows(engine, logps_of, rows, args, process).T - ranked_ref)[0].tolist() if human else []
+    metrics |= common.correlations(margin, similarity, pairs, own, human)
+    columns = dict(chosen_reward=chosen, rejected_reward=rejected, margin=margin, similarity=similarity)
+    columns |= dict(chosen_logps=logps[0], rejected_logps=logps[1], bound=bound)
     lines = [dict(zip(columns, values)) for values in zip(*(column.tolist() for column in columns.values()))]
     return metrics, lines
-
-
-# ---------------------------------------------------------------- training
 
 
 def main(args: Args) -> None:
@@ -230,16 +221,14 @@ def main(args: Args) -> None:
     args.encoder = common.encoder_of(args, start=args.ref_model)
     output_dir = common.open_output(args, process, OUTPUTS)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
-    common.check_tokenizer("--ref_model", args.ref_model, tokenizer, "--model", args.trust_remote_code)
+    common.check_tokenizer("--ref_model", args.ref_model, tokenizer, args.trust_remote_code)
 
     settings = {"max_length": args.max_length, "given": args.constraint == "given", "needs_prompt": True}
     encode = functools.partial(common.encode_pair, tokenizer=tokenizer, **settings)
     train_pairs, eval_pairs = common.load_data(args, encode, process)
     ranked_pairs, human = common.load_ranked(args, encode)
-    train_similarity = similarities(train_pairs, args, process) if len(train_pairs) else torch.empty(0)
-    eval_similarity = similarities(eval_pairs, args, process)
-    for similarity in (train_similarity, eval_similarity):
-        bounds_of(similarity, args)  # a bound that is not positive is found before the model is loaded
+    train_similarity, eval_similarity = (similarities(pairs, args, process) for pairs in (train_pairs, eval_pairs))
+    bounds_of(torch.cat([train_similarity, eval_similarity]), args)  # a bad one is refused before the model is loaded
     total_steps = common.total_steps(args, len(train_pairs))
 
     model = common.load_language_model("--model", args.model, args, tokenizer, config)
@@ -276,14 +265,14 @@ def main(args: Args) -> None:
         bounds = bounds_of(train_similarity, args, epoch).to(process.device)  # n
         batches = common.global_batches(lengths, args.global_batch_size, args.seed, epoch)
         for step, batch in checkpoints.rest_of(epoch, batches):
-            losses, records = [], []
+            records = []
             for i, rows in enumerate(batch.reshape(accumulation, process.world_size, -1)[:, process.rank]):
                 inputs = collator(train_pairs[rows])
-                chosen, rejected = pair_logps(engine, **inputs).T  # B, B    log π
+                logps = pair_logps(engine, **inputs).T  # 2 B    log π
                 with torch.no_grad():
-                    known = pair_logps(reference, **inputs).T if args.live_reference else train_ref[:, rows]
-                ref_chosen, ref_rejected = known  # B, B    log π_ref
-                margin = args.kl_beta * ((chosen - ref_chosen) - (rejected - ref_rejected))  # B    z
+                    ref_logps = pair_logps(reference, **inputs).T if args.live_reference else train_ref[:, rows]  # 2 B
+                chosen, rejected = args.kl_beta * (logps - ref_logps)  # B, B    r(x, y), the implicit reward
+                margin = chosen - rejected  # B    z
                 bound = bounds[rows]  # B    δ*
                 rank_loss = ranking_loss(margin, args.label_smoothing)  # B    -log σ(z)
                 constraint_loss = 0 * margin
@@ -291,15 +280,12 @@ def main(args: Args) -> None:
                     constraint_loss = ranking_loss(bound - margin, args.label_smoothing)  # B    -log σ(δ* - z)
                 loss = (rank_loss + constraint_loss).mean()
                 engine.backward(loss)
-                losses.append(loss.detach())
-                record = [chosen, rejected, ref_chosen, ref_rejected, bound, rank_loss, constraint_loss]
-                records.append(torch.stack(record).detach())  # 7 B
+                records.append(torch.stack([*logps, *ref_logps, bound, rank_loss, constraint_loss]).detach())  # 7 B
                 if i < accumulation - 1:
                     engine.step()  # counts the micro batch
             rate = engine.get_lr()[0]
-            (norm,) = common.optimizer_step(step, losses, (engine, args))
-            values = pair_metrics(*common.gather(torch.cat(records, 1)), args.kl_beta)  # of the global batch
-            values |= {"lr": rate, "grad_norm": norm}
+            (norm,) = common.optimizer_step(step, (engine, args))
+            values = pair_metrics(*common.gather(torch.cat(records, 1)), args.kl_beta) | {"lr": rate, "grad_norm": norm}
             metrics.add(step, values, pairs=len(batch), tokens=tokens[batch].sum())
             if args.eval_every and step % args.eval_every == 0 and step < total_steps:
                 evaluate_now(step)

@@ -13,11 +13,9 @@ brings its constraint (reward.py --constraint). A step is one rollout: --global_
 answered once; each of its --minibatches is one optimizer step of both engines.
 Input: prompts (JSON, JSONL, CSV, Parquet, a folder, a Hub id): a column prompt, messages, instruction/input, or post.
 Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, ppo.png (score, KL and length over steps),
-generations.json (answers to held-out prompts, as AlpacaEval reads them) and model/, which
-`AutoModelForCausalLM.from_pretrained` loads.
+generations.json (sampled answers, for AlpacaEval) and model/, which `AutoModelForCausalLM.from_pretrained` loads.
 
-Symbols in the shapes: P prompts of a rank, each with one response; L tokens of the longest response; R rows of a micro
-batch, T tokens of a row, N response tokens of a micro batch.
+Shapes: P prompts of a rank, L tokens of the longest response, R rows, T tokens of a row, N response tokens in R rows.
 """
 
 import common  # first: it sets what torch reads when it is loaded
@@ -41,8 +39,8 @@ import tyro
 class Args:
     """Train a policy by PPO against a reward model.
 
-    A flag on the command line wins over what --task sets; the defaults shown are what it sets there.
-    --dataset cancels the task's own evaluation data. Held out are whole prompts, drawn by --seed.
+    A flag wins over what --task sets, which --help shows as the default. --dataset cancels the task's evaluation data.
+    Held out are whole prompts, drawn by --seed.
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
@@ -69,15 +67,14 @@ class Args:
 
     max_prompt_length: int = 64  # Tokens of a prompt; longer ones are dropped and counted.
     max_new_tokens: int = 96  # Tokens of a response at most, EOS included.
-    policy_learning_rate: float = 3e-4  # Peak learning rate of the policy; cosine to 0.
-    critic_learning_rate: float = 1e-3  # Peak learning rate of the critic; cosine to 0.
-    weight_decay: float = 0.0  # AdamW's, on everything but biases and norm weights.
+    policy_learning_rate: float = 3e-4  # Its peak; cosine to 0.
+    critic_learning_rate: float = 1e-3  # Its peak; cosine to 0.
+    weight_decay: float = 0.0  # AdamW's; none on biases and norm weights.
     epochs: int = 16  # Passes over the prompts; 0: evaluate only.
     max_steps: int = 0  # Steps (rollouts) at most; 0: no limit.
     micro_batch_size: int = 48  # Rows per rank and forward pass, at most.
     global_batch_size: int = 48  # Prompts per step, over all ranks.
-    policy_zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards of the policy: nothing, optimizer states, + gradients, + weights. bf16: 0 runs as 1."""
+    policy_zero_stage: Literal[0, 1, 2, 3] = 0  # Shards: 1 optimizer states, 2 + gradients, 3 + weights; bf16: 0 is 1.
     critic_zero_stage: Literal[0, 1, 2, 3] = 0  # The same of critic, reward and judge model.
     offload: bool = False  # Keep optimizer states (ZeRO-3: weights too) in CPU memory; stage 0 runs as 1.
     dtype: Literal["fp32", "bf16"] = "fp32"  # Of the model; bf16 keeps fp32 master weights.
@@ -99,8 +96,7 @@ PAPER |= dict(micro_batch_size=4, global_batch_size=128, policy_zero_stage=2, cr
 PAPER |= dict(gradient_checkpointing=True, generate=256, log_every=1)
 FARM = "hf://datasets/tatsu-lab/alpaca_farm@refs/convert/parquet/alpaca_instructions"
 ALPACA = dict(dataset=f"{FARM}/unlabeled/*.parquet", eval_dataset=f"{FARM}/val/*.parquet")
-ALPACA |= dict(max_prompt_length=256, max_new_tokens=384)
-ALPACA |= dict(max_steps=50)  # of 100 of warm-up: the run ends while the learning rate still rises
+ALPACA |= dict(max_prompt_length=256, max_new_tokens=384, max_steps=50)  # half of the warm-up: the rate still rises
 REDDIT = "vwxyzjn/summarize_from_feedback_tldr_3_filtered"
 TLDR = dict(dataset=f"{REDDIT}:train", eval_dataset=f"{REDDIT}:validation", max_prompt_length=768, max_new_tokens=256)
 TLDR |= dict(max_steps=250)  # Upstream: the cosine spans the epoch, here the learning rate is still near its peak
@@ -116,29 +112,23 @@ def preset(task: str, constraint: str) -> dict:
 
 
 def token_rewards(logps, ref_logps, scores, is_response, kl_coef: float) -> torch.Tensor:
-    """-kl_coef (log π - log π_ref) at each token, and the score at the last one: (P, L), 0 past the end.
-
-    Args:
-        logps, ref_logps: (P, L); scores: (P,); is_response: (P, L), True from the first token to the last.
-    """
+    """-kl_coef (log π - log π_ref) at each token, and at the last one + the score: (P, L), 0 past the end. Scores are
+    (P,), all else is (P, L), and is_response is True from a response's first token to its last."""
     rewards = torch.where(is_response, -kl_coef * (logps - ref_logps), 0.0)  # P L
     last = is_response.sum(1, keepdim=True) - 1  # P 1
     return rewards.scatter_add(1, last, scores[:, None])
 
 
 def advantages_and_returns(rewards, values, is_response, gamma: float, gae_lambda: float):
-    """GAE and the critic's targets, both (P, L) and 0 past the end, from rewards and values (P, L).
-
-    Nothing follows a response's last token: its next value is 0.
-    """
+    """GAE and the critic's targets from rewards and values, each (P, L) and, but for the values, 0 past the end."""
     values = torch.where(is_response, values, 0.0)
-    advantage, advantages = torch.zeros_like(values[:, 0]), torch.zeros_like(values)
-    next_value = torch.zeros_like(advantage)
-    for t in range(values.shape[1] - 1, -1, -1):
+    advantages = torch.zeros_like(values)
+    advantage = next_value = torch.zeros_like(values[:, 0])  # P; nothing follows the last token
+    for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # P
-        advantage = torch.where(is_response[:, t], delta + gamma * gae_lambda * advantage, 0.0)  # P
+        advantage = delta + gamma * gae_lambda * advantage  # P
         advantages[:, t], next_value = advantage, values[:, t]
-    return advantages, torch.where(is_response, advantages + values, 0.0)
+    return advantages, advantages + values
 
 
 def policy_losses(logps, old_logps, advantages, cliprange: float):
@@ -150,19 +140,18 @@ def policy_losses(logps, old_logps, advantages, cliprange: float):
 
 def value_losses(values, old_values, returns, cliprange_value: float):
     """The clipped loss of each token and whether it was clipped: (N,) each."""
-    loss = (values - returns).square()
     near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # inside: V itself, not rounded
-    clipped = (near - returns).square()
+    loss, clipped = (values - returns).square(), (near - returns).square()
     return torch.maximum(loss, clipped) / 2, clipped > loss
 
 
 def moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance of the values where the mask is True, over all ranks."""
-    chosen = values[mask].double()
-    sums = torch.stack([torch.full_like(chosen.sum(), chosen.numel()), chosen.sum(), chosen.square().sum()])
+    values = values[mask].double()
+    sums = torch.stack([torch.ones_like(values), values, values.square()]).sum(1)
     dist.all_reduce(sums)
-    mean = sums[1] / sums[0]
-    return mean.float(), (sums[2] / sums[0] - mean.square()).clamp(min=0).float()
+    _, mean, square = sums / sums[0]
+    return mean.float(), (square - mean.square()).clamp(min=0).float()
 
 
 # ---------------------------------------------------------------- data
@@ -170,19 +159,12 @@ def moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, tor
 
 @dataclass
 class Rollout:
-    """The P responses of this rank to its prompts, and what the four models say of them.
-
-    logps, ref_logps and values are (P, L), meaningless where is_response is False.
-    """
+    """The P responses of this rank to its prompts."""
 
     prompts: list[list[int]]
     responses: list[list[int]]  # EOS included where the response ended
     is_response: torch.Tensor  # P L
     ended: torch.Tensor  # P, whether with EOS or another token that ends an answer
-    logps: torch.Tensor = None
-    ref_logps: torch.Tensor = None
-    values: torch.Tensor = None
-    scores: torch.Tensor = None  # P
 
 
 def encode_prompt(row: dict, tokenizer, max_prompt_length: int) -> dict:
@@ -197,9 +179,9 @@ def encode_prompt(row: dict, tokenizer, max_prompt_length: int) -> dict:
 
 def collate(rollout: Rollout, rows, pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Inputs for R rows of prompt and response (see common.collate_rows), the N response tokens as labels."""
-    prompts, responses = ([part[row] for row in rows] for part in (rollout.prompts, rollout.responses))
-    ids = [prompt + response for prompt, response in zip(prompts, responses)]
-    return common.collate_rows(ids, [len(prompt) for prompt in prompts], pad_token_id, device)
+    ids = [rollout.prompts[row] + rollout.responses[row] for row in rows]
+    starts = [len(rollout.prompts[row]) for row in rows]
+    return common.collate_rows(ids, starts, pad_token_id, device)
 
 
 def micro_batches(rollout: Rollout, rows, args: Args, collator, process: common.Process):
@@ -229,12 +211,9 @@ def sample(engine, model, tokenizer, prompts: list[list[int]], seeds: list, args
     responses = common.sample(engine, model, tokenizer, prompts, rooms, seeds, size, args.temperature)
     lengths = torch.tensor([len(response) for response in responses], device=process.device)
     ends = model.generation_config.eos_token_id
-    return Rollout(
-        prompts,
-        responses,
-        is_response=torch.arange(int(lengths.max()), device=process.device) < lengths[:, None],
-        ended=torch.tensor([response[-1] in ends for response in responses], device=process.device),
-    )
+    is_response = torch.arange(int(lengths.max()), device=process.device) < lengths[:, None]  # P L
+    ended = torch.tensor([response[-1] in ends for response in responses], device=process.device)  # P
+    return Rollout(prompts, responses, is_response, ended)
 
 
 @torch.no_grad()
@@ -264,10 +243,9 @@ def score(scorer, rollout: Rollout, args: Args, collator, process: common.Proces
     return result
 
 
-def evaluate(
-    policy, model, reference, scorer, judge, prompts, log_policy, args, tokenizer, collator, process
-) -> list[dict]:
+def evaluate(models, prompts, log_policy, args: Args, tokenizer, collator, process) -> list[dict]:
     """For each held-out prompt an answer and what it is worth, on every rank."""
+    policy, model, reference, scorer, judge = models
     padded = math.ceil(len(prompts) / process.world_size) * process.world_size  # each rank as many: some come twice
     mine = [i % len(prompts) for i in range(process.rank, padded, process.world_size)]
     seeds = [[args.seed, row] for row in mine]
@@ -276,31 +254,27 @@ def evaluate(
     kl = torch.where(rollout.is_response, logps - ref_logps, 0.0).sum(1)  # P
     scores = score(scorer, rollout, args, collator, process)  # P
     judged = score(judge, rollout, args, collator, process) if judge else scores  # P
-    numbers = dict(response_tokens=rollout.is_response.sum(1), ended=rollout.ended, score=scores, judge=judged, kl=kl)
-    columns = {name: column.tolist() for name, column in numbers.items()} | {
-        "instruction": prompts["instruction"][mine],
-        "answer": tokenizer.batch_decode(rollout.responses, skip_special_tokens=True),
-    }
+    numbers = dict(score=scores, judge=judged, kl=kl)
+    numbers |= dict(response_tokens=rollout.is_response.sum(1), ended_by_eos=rollout.ended)
+    columns = {name: column.tolist() for name, column in numbers.items()}
+    columns["instruction"] = prompts["instruction"][mine]
+    columns["answer"] = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
     return common.interleaved([dict(zip(columns, line)) for line in zip(*columns.values())])[: len(prompts)]
 
 
-def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str, float | None]:
+def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str, float]:
     """Means over the held-out prompts; `first` are the answers before training."""
-    numbers = ("score", "kl", "response_tokens", "ended", "judge")
-    mean = {name: float(np.mean([line[name] for line in lines])) for name in numbers}
     scores, before = (np.array([line["score"] for line in some]) for some in (lines, first))
     margins = [(line["answer"] != old["answer"]) * (line["judge"] - old["judge"]) for line, old in zip(lines, first)]
     wins = (np.sign(margins) + 1) / 2  # equal answers tie, also where another batch has rounded otherwise
     return {
-        "score_mean": mean["score"],
-        "score_std": float(scores.std()),
-        "score_max": float(scores.max()),
-        "score_growth": float(scores.mean() - before.mean()),
-        "kl": mean["kl"],
-        "response_tokens": mean["response_tokens"],
-        "ended_by_eos": mean["ended"],
-        "judge_score": mean["judge"] if judged else None,
-        "win_rate": float(np.mean(wins)) if judged else None,
+        "score_mean": scores.mean(),
+        "score_std": scores.std(),
+        "score_max": scores.max(),
+        "score_growth": scores.mean() - before.mean(),
+        **{name: np.mean([line[name] for line in lines]) for name in ("kl", "response_tokens", "ended_by_eos")},
+        "judge_score": np.mean([line["judge"] for line in lines]) if judged else math.nan,
+        "win_rate": wins.mean() if judged else math.nan,
     }
 
 
@@ -322,14 +296,10 @@ def plot_steps(path: Path, output: Path) -> None:
     figure.savefig(output)
 
 
-# ---------------------------------------------------------------- training
-
-
 def main(args: Args) -> None:
     process = common.start(args.seed)
+    accumulation = common.accumulation_steps(args, process)
     policy_args, critic_args = engine_args(args, "policy"), engine_args(args, "critic")
-    accumulation = common.accumulation_steps(policy_args, process)
-    args.micro_batch_size = critic_args.micro_batch_size = policy_args.micro_batch_size
     policy_config = common.engine_config(policy_args, accumulation)
     critic_config = common.engine_config(critic_args, accumulation)
     output_dir = common.open_output(args, process, OUTPUTS)
@@ -337,7 +307,7 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.policy_model, args.trust_remote_code)
     for flag, path in (("--reward_model", args.reward_model), ("--judge_model", args.judge_model)):
         if path:
-            common.check_tokenizer(flag, path, tokenizer, "--policy_model", args.trust_remote_code)
+            common.check_tokenizer(flag, path, tokenizer, args.trust_remote_code)
     encode = functools.partial(encode_prompt, tokenizer=tokenizer, max_prompt_length=args.max_prompt_length)
     train_prompts, eval_prompts = common.load_data(args, encode, process)
     eval_prompts = eval_prompts.select(range(min(args.generate, len(eval_prompts))))
@@ -371,11 +341,11 @@ def main(args: Args) -> None:
         if not len(eval_prompts):
             return []
         models = (policy, model, reference, scorer, judge)
-        lines = evaluate(*models, eval_prompts, log_policy, args, tokenizer, collator, process)
+        lines = evaluate(models, eval_prompts, log_policy, args, tokenizer, collator, process)
         metrics.write(step, "eval", eval_metrics(lines, first or lines, judge is not None))
         return lines
 
-    state = checkpoints.state or dict(first_lines=evaluate_now(0, None), first_score=None, below_zero=0, too_far=False)
+    state = checkpoints.state or dict(first_lines=evaluate_now(0, None), below_zero=0, too_far=False)
     step, lines = checkpoints.step, state["first_lines"]
     for epoch in range(args.epochs):
         if state["too_far"]:
@@ -395,24 +365,20 @@ def main(args: Args) -> None:
 
             # 2 score the responses with the four models
             # Decoding rounds differently: both log-probabilities are from a pass like that of training.
-            rollout.logps = per_token(policy, log_policy, rollout, args, collator, process)  # P L
-            rollout.ref_logps = per_token(reference, log_policy, rollout, args, collator, process)  # P L
-            rollout.values = per_token(critic, critic_values, rollout, args, collator, process)  # P L
-            rollout.scores = score(scorer, rollout, args, collator, process)  # P
+            old_logps = per_token(policy, log_policy, rollout, args, collator, process)  # P L
+            ref_logps = per_token(reference, log_policy, rollout, args, collator, process)  # P L
+            old_values = per_token(critic, critic_values, rollout, args, collator, process)  # P L
+            scores = score(scorer, rollout, args, collator, process)  # P
             clock.append(time.perf_counter())
 
             # 3 per-token reward: KL at each token, the score on the last one
             penalty = torch.where(rollout.ended, 0.0, args.missing_eos_penalty)  # P
             limit = args.score_clip or math.inf
-            clipped = rollout.scores.clamp(-limit, limit)  # P
-            rewards = token_rewards(
-                rollout.logps, rollout.ref_logps, clipped - penalty, is_response, args.kl_coef
-            )  # P L
+            clipped = scores.clamp(-limit, limit)  # P
+            rewards = token_rewards(old_logps, ref_logps, clipped - penalty, is_response, args.kl_coef)  # P L
 
-            # 4 GAE, then whitening over the response tokens of all ranks
-            advantages, returns = advantages_and_returns(
-                rewards, rollout.values, is_response, args.gamma, args.gae_lambda
-            )  # P L, P L
+            # 4 GAE, each P L, then whitening over the response tokens of all ranks
+            advantages, returns = advantages_and_returns(rewards, old_values, is_response, args.gamma, args.gae_lambda)
             mean, variance = moments(advantages, is_response)
             advantages = (advantages - mean) / (variance + 1e-8).sqrt()
 
@@ -425,36 +391,33 @@ def main(args: Args) -> None:
                     count = is_response[rows].sum().float()
                     dist.all_reduce(count)
                     weight = process.world_size * accumulation / count
-                    tokens, losses = tokens + count, []
+                    tokens = tokens + count
                     for i, (part, inputs) in enumerate(micro_batches(rollout, rows, args, collator, process)):
                         here = is_response[part]  # R L
-                        old_logps, old_values = rollout.logps[part][here], rollout.values[part][here]  # N, N
+                        old_logp, old_value = old_logps[part][here], old_values[part][here]  # N, N
                         advantage, target = advantages[part][here], returns[part][here]  # N, N
                         logps = log_policy(policy, **inputs)  # N
-                        policy_loss, ratio, policy_clipped = policy_losses(logps, old_logps, advantage, args.cliprange)
+                        policy_loss, ratio, policy_clipped = policy_losses(logps, old_logp, advantage, args.cliprange)
                         policy.backward(policy_loss.sum() * weight)  # frees its activations before the critic's
                         values = critic_values(critic, **inputs)  # N
-                        value_loss, value_clipped = value_losses(values, old_values, target, args.cliprange_value)
+                        value_loss, value_clipped = value_losses(values, old_value, target, args.cliprange_value)
                         critic.backward(value_loss.sum() * weight)
-                        losses.append(torch.stack([policy_loss.detach().sum(), value_loss.detach().sum()]))
                         seen = {"policy_loss": policy_loss, "value_loss": value_loss, "ratio_mean": ratio}
                         seen |= {"policy_clipfrac": policy_clipped, "value_clipfrac": value_clipped}
                         sums += torch.stack([per_token.detach().float().sum() for per_token in seen.values()])
                         if i < accumulation - 1:
                             policy.step()  # counts the micro batch
                             critic.step()
-                    norms.append(common.optimizer_step(step, losses, (policy, policy_args), (critic, critic_args)))
+                    norms.append(common.optimizer_step(step, (policy, policy_args), (critic, critic_args)))
             clock.append(time.perf_counter())
 
             # 6 log
             dist.all_reduce(sums)
-            kl = torch.where(is_response, rollout.logps - rollout.ref_logps, 0.0).sum(1)  # P
-            scores, kl, response_tokens, ended = common.gather(
-                torch.stack([rollout.scores, kl, is_response.sum(1).float(), rollout.ended.float()])
-            )  # each (global batch,)
-            if state["first_score"] is None:
-                state["first_score"] = scores.mean().item()
-            residual, spread = moments(returns - rollout.values, is_response)[1], moments(returns, is_response)[1]
+            kl = torch.where(is_response, old_logps - ref_logps, 0.0).sum(1)  # P
+            own = torch.stack([scores, kl, is_response.sum(1).float(), rollout.ended.float()])  # 4 P
+            scores, kl, response_tokens, ended = common.gather(own)  # each (global batch,)
+            first_score = state.setdefault("first_score", scores.mean().item())
+            residual, spread = moments(returns - old_values, is_response)[1], moments(returns, is_response)[1]
             seconds = zip(("seconds_sample", "seconds_score", "seconds_learn"), np.diff(clock))
             policy_norm, critic_norm = np.mean(norms, axis=0)
             values = {
@@ -464,10 +427,10 @@ def main(args: Args) -> None:
                 "score_mean": scores.mean(),
                 "score_std": scores.std(correction=0),
                 "score_max": scores.max(),
-                "score_growth": scores.mean() - state["first_score"],
+                "score_growth": scores.mean() - first_score,
                 "score_clipfrac": (scores.abs() > limit).float().mean(),
                 "kl": kl.mean(),
-                "entropy": -moments(rollout.logps, is_response)[0],
+                "entropy": -moments(old_logps, is_response)[0],
                 "response_tokens": response_tokens.mean(),
                 "ended_by_eos": ended.mean(),
                 "explained_variance": 1 - residual / spread,
@@ -482,7 +445,7 @@ def main(args: Args) -> None:
             if metrics.add(step, values, last=state["too_far"], prompts=len(batch)):
                 first = [rollout.prompts[0], rollout.responses[0]]
                 prompt, answer = tokenizer.batch_decode(first, skip_special_tokens=True)
-                process.print(f"sample: {prompt!r} -> {answer!r} (score {rollout.scores[0]:.2f})")
+                process.print(f"sample: {prompt!r} -> {answer!r} (score {scores[0]:.2f})")
             if state["too_far"]:
                 process.print(f"stopped at step {step}: the KL is above --max_kl {args.max_kl:g}")
             elif args.eval_every and step % args.eval_every == 0 and step < total_steps:

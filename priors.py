@@ -72,12 +72,10 @@ def margin_bound(similarity: torch.Tensor, beta1: float, beta2: float = 1e-3, be
     β1 says how fast the bound loosens as the responses differ, β3 moves its floor δ*(1), β2 keeps the fraction finite.
     The paper's settings have δ*(1) ≈ 5, such as (20, 0.001, -15).
 
-    similarity (B,) is from `length_ratio` or `cosine_similarity`; returns (B,) fp32, detached. ValueError if s + β2 is
-    0, or a bound is not positive and finite (NaN included).
+    similarity (B,) is from `length_ratio` or `cosine_similarity`; returns (B,) fp32, detached. ValueError unless each
+    bound is positive and finite.
     """
-    similarity = similarity.float()
-    _require(similarity + beta2 != 0, similarity, f"s + beta2 is 0 with beta2 = {beta2}, so the bound is infinite")
-    bound = beta1 / (similarity + beta2) + beta3  # B
+    bound = beta1 / (similarity.float() + beta2) + beta3  # B
     reason = f"beta1 / (s + beta2) + beta3 must be positive and finite, but {beta1=}, {beta2=}, {beta3=} give"
     _require((bound > 0) & bound.isfinite(), bound, reason)
     return bound
@@ -91,12 +89,10 @@ def fixed_bound(count: int, value: float) -> torch.Tensor:
 
 
 def random_bound(count: int, low: float, high: float, seed: int) -> torch.Tensor:
-    """Bounds without a prior, the paper's control `random`: U(low, high) for each pair.
+    """Bounds without a prior, the paper's control `random`: U(low, high) for each pair, (count,) fp32.
 
-    A function of its arguments alone: pass another seed each epoch, and row i's bound depends on the row and the epoch
-    only, whatever the order of the pairs, the batch size or the number of processes.
-
-    Returns (count,) fp32 in [low, high]; ValueError unless 0 < low <= high < inf.
+    A function of its arguments alone: with another seed each epoch, row i's bound depends on the row and the epoch
+    only, whatever the order or the number of processes. ValueError unless 0 < low <= high < inf.
     """
     if not 0 < low <= high < math.inf:
         raise ValueError(f"a random bound needs 0 < low <= high < inf, not low={low}, high={high}")
@@ -133,12 +129,10 @@ def pair_bounds(
 
 def ranking_loss(margin: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """-log σ(m), the ranking loss. With ε = label_smoothing, the share of labels taken to be wrong, in [0, 0.5]:
-    -(1-ε) log σ(m) - ε log σ(-m). For each element, in margin's shape and finite for every finite margin.
-    """
+    -(1-ε) log σ(m) - ε log σ(-m). For each element, in margin's shape and finite for every finite margin."""
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing is the share of wrong labels, between 0 and 0.5, not {label_smoothing}")
-    loss = -(1 - label_smoothing) * F.logsigmoid(margin)
-    return loss - label_smoothing * F.logsigmoid(-margin) if label_smoothing else loss
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
 def constrained_ranking_loss(

@@ -14,8 +14,7 @@ Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, eval.jsonl (a l
 model/, which `AutoModelForSequenceClassification.from_pretrained` loads.
 r(x, y) is the score at the last token, EOS. The authors' own loss, L at each token, is --loss_on token.
 
-Symbols in the shapes: B pairs of a micro batch, R rows, T tokens of a row, K positions that the loss is on, n pairs of
-a data set.
+Shapes: B pairs and R rows of a micro batch, T tokens of a row, K positions that the loss is on, n pairs of a data set.
 """
 
 import common  # first: it sets what torch reads when it is loaded
@@ -26,7 +25,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -37,37 +35,35 @@ from priors import cosine_similarity, encode_texts, length_ratio, pair_bounds, r
 class Args:
     """Train a reward model with a prior constraint on its margins.
 
-    A flag on the command line wins over what --task and --constraint set; the defaults shown are what they set there.
-    --dataset cancels the task's own evaluation data. Held out are whole prompts, drawn by --seed.
+    A flag wins over what --task and --constraint set, which --help shows as the defaults. --dataset cancels the task's
+    evaluation data. Held out are whole prompts, drawn by --seed.
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
     constraint: Literal["none", "len_rat", "cos_sim", "given", "random", "fixed"] = "none"
     """What bounds a margin: nothing; length ratio, cosine similarity or the data's own; a control without a prior."""
-    model: str = ""
-    """Folder or Hub id of a causal LM (the SFT model) or reward model to start from; toy: made when needed."""
+    model: str = ""  # Folder or Hub id of the SFT model, or of a reward model, to start from; toy: made when needed.
     dataset: str = str(common.DATA / "preference_train.jsonl")  # Pairs to train on: file, folder or Hub id[:SPLIT].
     eval_dataset: str = str(common.DATA / "preference_eval.jsonl")  # Held out; empty: 10 % of --dataset, at most 500.
     ranked_dataset: str = str(common.DATA / "ranked_eval.jsonl")  # Ranked responses, for rank correlation; or empty.
     output_dir: str = ""  # Where results go; empty: runs/reward-<constraint>-<time>.
     overwrite: bool = False  # Replace the finished run in --output_dir.
 
-    beta1: float = 20.0  # β1 of the bound: how fast it loosens as the responses differ.
-    beta2: float = 0.001  # β2 of the bound: keeps the fraction finite.
-    beta3: float = -15.0  # β3 of the bound: moves its floor δ*(1).
-    fixed_bound: float = 4.5  # The bound of every pair with --constraint fixed.
-    random_low: float = 4.0  # Lower end of the bounds drawn with --constraint random.
-    random_high: float = 5.0  # Upper end of the bounds drawn with --constraint random.
+    beta1: float = 20.0  # How fast the bound loosens as the responses differ.
+    beta2: float = 0.001  # Keeps the bound's fraction finite.
+    beta3: float = -15.0  # Moves the bound's floor δ*(1).
+    fixed_bound: float = 4.5  # The bound with --constraint fixed.
+    random_low: float = 4.0  # Lowest bound with --constraint random.
+    random_high: float = 5.0  # Highest bound with --constraint random.
     shuffle_bounds: bool = False  # Deal the bounds of a prior to other pairs: the control that has lost only the prior.
     encoder: str = ""  # Folder or Hub id of the text encoder of cos_sim; empty: the starting model's hidden states.
     encoder_pooling: Literal["cls", "mean"] = "mean"  # Of last hidden states: the first token's, or the mean of all.
 
     loss_on: Literal["last", "token"] = "last"
-    """Where L is: at the last token; or, as in the authors' code, its mean over all from the first that differs on.
-    The losses of evaluation are those at the last token."""
+    """In training L at the last token; or, as in the authors' code, its mean over all from the first that differs."""
     max_length: int = 256  # Tokens of prompt + response + EOS; pairs with a longer side are dropped and counted.
-    learning_rate: float = 1e-3  # Peak learning rate; cosine to 0.
-    weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
+    learning_rate: float = 1e-3  # Its peak; cosine to 0.
+    weight_decay: float = 0.1  # AdamW's; none on biases and norm weights.
     epochs: int = 5  # Passes over the data; 0: evaluate only.
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Pairs per rank and forward pass, at most.
@@ -115,25 +111,22 @@ def preset(task: str, constraint: str) -> dict:
 
 
 def collate(batch: dict, pad_token_id: int, share_prefix: bool, dtype, device, loss_on: str = "last") -> tuple:
-    """Inputs for B pairs (see common.collate_pairs), and each position's share in its pair's loss, (B, K).
-
-    Of chosen and of rejected the head sees K positions: the last token, EOS (K = 1). With loss_on "token" all from the
-    first that differs to the end of the longer response; the shorter one goes on with the scores at its padding, which
-    no token sees.
-    """
-    share_prefix = share_prefix and loss_on == "last"
-    inputs, labels, branch, _ = common.collate_pairs(batch, pad_token_id, share_prefix, dtype, device)
+    """Inputs for B pairs (see common.collate_pairs), and each position's share in its pair's loss, (B, K). The head
+    sees K positions of each response: the last token, EOS (K = 1); with loss_on "token" all from the first that differs
+    to the end of the longer one. The shorter one goes on with the scores at its padding, which no token sees."""
     if loss_on == "last":
+        inputs, labels, branch, _ = common.collate_pairs(batch, pad_token_id, share_prefix, dtype, device)
         inputs["logits_to_keep"] = (labels == common.NO_LABEL) & (branch >= 0)  # R T, 2 B of them True
         return inputs, torch.ones(len(batch["prefix"]), 1, device=device)
-    lengths = torch.tensor([batch["chosen_length"], batch["rejected_length"]], device=device).amax(0)  # B
-    prefix, count = torch.tensor(batch["prefix"], device=device), int(lengths.max())
-    room = max(0, int(prefix.max()) + count - branch.shape[1])  # each row has K positions behind its prefix
-    ids, branch = F.pad(inputs["input_ids"], (0, room), value=pad_token_id), F.pad(branch, (0, room), value=-1)  # 2B T
-    behind = torch.arange(ids.shape[1], device=device) - prefix.repeat_interleave(2)[:, None]  # 2B T
-    keep, share = (behind >= 0) & (behind < count), torch.arange(count, device=device) < lengths[:, None]  # 2B T, B K
-    inputs = {"input_ids": ids, "attention_mask": (branch >= 0).long(), "logits_to_keep": keep}
-    return inputs, share / lengths[:, None]
+    lengths = torch.tensor([batch["chosen_length"], batch["rejected_length"]], device=device).amax(0)[:, None]  # B 1
+    count, pairs = int(lengths.max()), zip(batch["prefix"], batch["chosen_ids"], batch["rejected_ids"])  # count: K
+    rows = [(prefix, ids, prefix + count - len(ids)) for prefix, *both in pairs for ids in both]
+    inputs = {
+        "input_ids": common.padded([ids + [pad_token_id] * room for _, ids, room in rows], pad_token_id, device),
+        "attention_mask": common.padded([[1] * len(ids) + [0] * room for _, ids, room in rows], 0, device),
+        "logits_to_keep": common.padded([[False] * prefix + [True] * count for prefix, *_ in rows], False, device),
+    }  # 2B T each
+    return inputs, (torch.arange(count, device=device) < lengths) / lengths
 
 
 # ---------------------------------------------------------------- prior
@@ -143,7 +136,7 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
     """How alike the responses of each pair are, (n,) in (0, 1]: once, before training, cached on disk by content."""
     if args.constraint == "given":
         return torch.tensor(common.column(pairs, "similarity")).float()
-    if args.constraint != "cos_sim":  # for none and the controls a diagnostic
+    if args.constraint != "cos_sim" or not len(pairs):  # for none and the controls a diagnostic
         return length_ratio(*(torch.tensor(common.column(pairs, f"{side}_length")) for side in ("chosen", "rejected")))
 
     def compute() -> torch.Tensor:
@@ -173,11 +166,9 @@ def bounds_of(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Ten
 # ---------------------------------------------------------------- metrics
 
 
-def pair_metrics(chosen, rejected, rank_loss, constraint_loss, bound) -> dict[str, float | None]:
-    """The public metrics of some pairs, from their scores, bounds (NaN: none) and losses, each of shape (n,).
-
-    In training with --loss_on token a pair's scores are the means over the positions that the loss is on.
-    """
+def pair_metrics(chosen, rejected, rank_loss, constraint_loss, bound) -> dict[str, float]:
+    """The public metrics of some pairs, from their scores, bounds (NaN: none) and losses, each (n,). In training with
+    --loss_on token a pair's scores are the means over the positions that the loss is on."""
     return common.margin_metrics(chosen - rejected, bound, rank_loss, constraint_loss) | {
         "chosen_score": chosen.mean().item(),
         "rejected_score": rejected.mean().item(),
@@ -198,13 +189,10 @@ def evaluate(engine, pairs, similarity, ranked, args: Args, collator, process) -
     metrics = pair_metrics(chosen, rejected, rank_loss, constraint_loss, bound)
     rows, human = ranked
     own = common.over_rows(engine, scores, rows, args, process)[:, 0].tolist() if human else []
-    metrics |= common.pair_correlations(margin, similarity, pairs) | common.rank_correlations(own, human)
+    metrics |= common.correlations(margin, similarity, pairs, own, human)
     columns = dict(chosen_score=chosen, rejected_score=rejected, margin=margin, similarity=similarity, bound=bound)
     lines = [dict(zip(columns, values)) for values in zip(*(column.tolist() for column in columns.values()))]
     return metrics, lines
-
-
-# ---------------------------------------------------------------- training
 
 
 def main(args: Args) -> None:
@@ -216,14 +204,12 @@ def main(args: Args) -> None:
     output_dir = common.open_output(args, process, OUTPUTS)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
 
-    given = args.constraint == "given"
-    encode = functools.partial(common.encode_pair, tokenizer=tokenizer, max_length=args.max_length, given=given)
+    settings = {"max_length": args.max_length, "given": args.constraint == "given"}
+    encode = functools.partial(common.encode_pair, tokenizer=tokenizer, **settings)
     train_pairs, eval_pairs = common.load_data(args, encode, process)
     ranked = common.load_ranked(args, encode)
-    train_similarity = similarities(train_pairs, args, process) if len(train_pairs) else torch.empty(0)
-    eval_similarity = similarities(eval_pairs, args, process)
-    for similarity in (train_similarity, eval_similarity):
-        bounds_of(similarity, args)  # a bound that is not positive is found before the model is loaded
+    train_similarity, eval_similarity = (similarities(pairs, args, process) for pairs in (train_pairs, eval_pairs))
+    bounds_of(torch.cat([train_similarity, eval_similarity]), args)  # a bad one is refused before the model is loaded
     total_steps = common.total_steps(args, len(train_pairs))
 
     model = common.load_reward_model("--model", args.model, args, tokenizer, config, new_head=args.epochs > 0)
@@ -248,7 +234,7 @@ def main(args: Args) -> None:
         bounds = bounds_of(train_similarity, args, epoch).to(process.device)  # n
         batches = common.global_batches(lengths, args.global_batch_size, args.seed, epoch)
         for step, batch in checkpoints.rest_of(epoch, batches):
-            losses, records = [], []
+            records = []
             for i, rows in enumerate(batch.reshape(accumulation, process.world_size, -1)[:, process.rank]):
                 inputs, share = collator(train_pairs[rows], loss_on=args.loss_on)  # share: B K
                 chosen, rejected = engine(**inputs).logits.view(-1, 2, share.shape[1]).unbind(1)  # B K    r(x, y)
@@ -260,15 +246,13 @@ def main(args: Args) -> None:
                     constraint_loss = ranking_loss(bound[:, None] - margin)  # B K    -log σ(δ* - m)
                 loss = (share * (rank_loss + constraint_loss)).sum(1).mean()
                 engine.backward(loss)
-                losses.append(loss.detach())
                 record = [(share * part).sum(1) for part in (chosen, rejected, rank_loss, constraint_loss)]
                 records.append(torch.stack([*record, bound]).detach())  # 5 B
                 if i < accumulation - 1:
                     engine.step()  # counts the micro batch
             rate = engine.get_lr()[0]
-            (norm,) = common.optimizer_step(step, losses, (engine, args))
-            values = pair_metrics(*common.gather(torch.cat(records, 1)))  # of the global batch
-            values |= {"lr": rate, "grad_norm": norm}
+            (norm,) = common.optimizer_step(step, (engine, args))
+            values = pair_metrics(*common.gather(torch.cat(records, 1))) | {"lr": rate, "grad_norm": norm}
             metrics.add(step, values, pairs=len(batch), tokens=tokens[batch].sum())
             if args.eval_every and step % args.eval_every == 0 and step < total_steps:
                 evaluate_now(step)

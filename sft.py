@@ -8,10 +8,10 @@ evaluate      python sft.py --epochs 0 --model <SFT model> --eval_dataset demons
 
 Input: demonstrations (JSON, JSONL, CSV, Parquet, a folder, a Hub id) with the columns prompt/completion, or messages,
 or instruction/input/output (AlpacaFarm), or post/summary (TL;DR).
-Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, generations.json (sampled answers to held-out prompts,
-as AlpacaEval reads them) and model/, which `AutoModelForCausalLM.from_pretrained` loads, and reward.py and dpo.py.
+Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, generations.json (sampled answers, for AlpacaEval) and
+model/, which `AutoModelForCausalLM.from_pretrained` loads, and reward.py and dpo.py.
 
-Symbols in the shapes: R rows of a micro batch, T tokens of a row, N tokens under the loss.
+Shapes: R rows of a micro batch, T tokens of a row, N tokens under the loss.
 """
 
 import common  # first: it sets what torch reads when it is loaded
@@ -21,7 +21,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 
@@ -30,8 +29,8 @@ import tyro
 class Args:
     """Fine-tune a language model on demonstrations.
 
-    A flag on the command line wins over what --task sets; the defaults shown are what it sets there.
-    --dataset cancels the task's own evaluation data. Held out are whole prompts, drawn by --seed.
+    A flag wins over what --task sets, which --help shows as the default. --dataset cancels the task's evaluation data.
+    Held out are whole prompts, drawn by --seed.
     """
 
     task: Literal["toy", "alpaca", "tldr"] = "toy"  # Sets all defaults: embedded, or the paper's dialogue or summaries.
@@ -45,8 +44,8 @@ class Args:
     generate: int = 16  # Held-out prompts that are answered at the end, into generations.json; 0: none.
 
     max_length: int = 256  # Tokens of prompt + response + EOS; longer rows are dropped, longer answers cut.
-    learning_rate: float = 2e-3  # Peak learning rate; cosine to 0.
-    weight_decay: float = 0.1  # AdamW's, on everything but biases and norm weights.
+    learning_rate: float = 2e-3  # Its peak; cosine to 0.
+    weight_decay: float = 0.1  # AdamW's; none on biases and norm weights.
     epochs: int = 5  # Passes over the data; 0: evaluate only.
     max_steps: int = 0  # Optimizer steps at most; 0: no limit.
     micro_batch_size: int = 32  # Rows per rank and forward pass, at most.
@@ -96,7 +95,7 @@ def encode_row(row: dict, tokenizer, max_length: int, train_on_prompt: bool) -> 
         raise common.Unusable(f"longer than --max_length {max_length}")  # Upstream: truncated
     start = 1 if train_on_prompt else len(prompt_ids)  # no token predicts the very first
     del columns["answers"]
-    return columns | {"ids": ids, "start": start, "row_length": len(ids)}
+    return columns | {"ids": ids, "start": start, "row_length": len(ids), "under_loss": len(ids) - start}
 
 
 def collate(batch: dict[str, list], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -111,25 +110,15 @@ def evaluate(engine, rows, args: Args, collator, process: common.Process) -> dic
     """The loss over all held-out tokens under it, on all ranks."""
 
     def row_losses(batch: dict) -> torch.Tensor:
-        inputs = collator(batch)
-        labels, losses = inputs["labels"], torch.zeros_like(inputs["labels"], dtype=torch.float32)  # R T
-        losses[labels != common.NO_LABEL] = -common.token_logps(engine, **inputs)
-        return losses.sum(1, keepdim=True)  # R 1
+        logps = common.token_logps(engine, **collator(batch)).split(batch["under_loss"])  # of each row
+        return -torch.stack([row.sum() for row in logps])[:, None]  # R 1
 
     losses = common.over_rows(engine, row_losses, rows, args, process)  # n 1
-    return with_perplexity(losses.double().sum().item() / under_loss(rows).sum())
+    return with_perplexity(losses.double().sum().item() / common.column(rows, "under_loss").sum())
 
 
 def with_perplexity(loss: float) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-
-
-def under_loss(rows) -> np.ndarray:
-    """How many tokens of each row are under the loss, (n,)."""
-    return common.column(rows, "row_length") - common.column(rows, "start")
-
-
-# ---------------------------------------------------------------- training
 
 
 def main(args: Args) -> None:
@@ -158,7 +147,7 @@ def main(args: Args) -> None:
 
     if not checkpoints.step:
         evaluate_now(0)
-    lengths, counted = common.column(train_rows, "row_length"), under_loss(train_rows)
+    lengths, counted = (common.column(train_rows, name) for name in ("row_length", "under_loss"))
     for epoch in range(args.epochs):
         batches = common.global_batches(lengths, args.global_batch_size, args.seed, epoch)
         for step, batch in checkpoints.rest_of(epoch, batches):
@@ -174,7 +163,7 @@ def main(args: Args) -> None:
                 if i < accumulation - 1:
                     engine.step()  # counts the micro batch
             rate = engine.get_lr()[0]
-            (norm,) = common.optimizer_step(step, losses, (engine, args))
+            (norm,) = common.optimizer_step(step, (engine, args))
             loss = common.gather(torch.stack(losses)[None]).mean().item()
             values = with_perplexity(loss) | {"lr": rate, "grad_norm": norm}
             metrics.add(step, values, rows=len(batch), tokens=lengths[batch].sum())

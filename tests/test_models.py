@@ -61,7 +61,7 @@ def load(path: str, what: str = "language", **values):
         (dict(pad_token="<s>"), "<pad>"),
         (dict(pad_token=None), "<pad>"),
         (dict(pad_token=None, unk_token="<pad>"), "<pad>"),  # as Llama-2's <unk>
-        (dict(pad_token=None, chat_template="{{ '<pad>' }}"), "no padding token but EOS, and no unused one"),
+        (dict(pad_token=None, chat_template="{{ '<pad>' }}"), "no padding token but EOS, and none to lend"),
         (dict(eos_token=None), "no EOS token"),
     ],
 )
@@ -242,7 +242,7 @@ def test_a_window_longer_than_what_is_measured(process):
 def test_broken_weights_are_refused(process):
     model = build()
     model.model.layers[0].mlp.down_proj.weight.data[0] = float("nan")
-    with pytest.raises(common.InputError, match="not finite: its weights are broken"):
+    with pytest.raises(common.InputError, match="not finite: broken weights"):
         common.check_model(model, model, reward.Args(max_length=64), process)
 
 
