@@ -30,14 +30,15 @@ NONE = common.NO_LABEL
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    """1,003 rows in batches of 8: no row twice, 3 dropped, of any length; like lengths together."""
+    """1,003 rows in batches of 8: no row twice, 3 dropped, of any length; like lengths together, of 400 rows at a time:
+    a batch then covers 190 / 50 = 3.8 of the lengths, of all rows at once it would 190 / 125 = 1.5."""
     lengths = np.random.default_rng(0).integers(10, 200, 1003)
     first = common.global_batches(lengths, 8, seed=1, epoch=0)
     assert first.shape == (125, 8) and len(set(first.flatten().tolist())) == 1000
     assert np.array_equal(first, common.global_batches(lengths, 8, seed=1, epoch=0))
     assert not np.array_equal(first, common.global_batches(lengths, 8, seed=1, epoch=1))
     assert not np.array_equal(first, common.global_batches(lengths, 8, seed=2, epoch=0))
-    assert np.ptp(lengths[first], axis=1).mean() < 0.1 * np.ptp(lengths)
+    assert 3 < np.ptp(lengths[first], axis=1).mean() < 8
     window = common.global_batches(lengths[:400], 8, seed=1, epoch=0)  # one, which is not left sorted
     assert abs(np.corrcoef(lengths[window].mean(1), np.arange(50))[0, 1]) < 0.5
     dropped = [set(range(1003)) - set(common.global_batches(lengths, 8, 1, e).flatten().tolist()) for e in range(200)]
@@ -204,6 +205,7 @@ def test_steps_by_hand(process, dtype, stage, offload):
     """Three steps of two micro batches. Mean gradients (3, 1), (1/4, 1/8), (-2, 2): the first and the last are clipped
     to norm 1. Learning rates 0, 1/2, 1 of the peak. AdamW with β 0.9 and 0.95 in numbers; w decays, b does not."""
     engine, args = line_engine(process, bias=True, dtype=dtype, zero_stage=stage, offload=offload)
+    assert engine.zero_optimization_stage() == args.zero_stage == max(stage, offload or dtype == "bf16")
     means, m, v, expected = np.array([(3, 1), (0.25, 0.125), (-2, 2)]), 0, 0, np.array([0.5, 0.5])
     for step, (mean, rate) in enumerate(zip(means, (0, 0.0625, 0.125)), 1):
         x, scale, norm = mean[0] / mean[1], mean[1], np.hypot(*mean)

@@ -115,6 +115,7 @@ DROPPED = [
     ("sft", {"messages": [YES]}, "missing text"),
     ("sft", {"prompt": "Go", "completion": " \n"}, "empty response"),
     ("pair", {"prompt": [USER], "chosen": [YES], "rejected": [NO | {"content": None}]}, "empty response"),
+    ("pair", {"prompt": [USER], "chosen": [YES], "rejected": [NO | {"content": []}]}, "empty response"),
     ("pair", {"prompt": [USER], "chosen": [YES, USER], "rejected": [NO, USER]}, "no answer at the end"),
     ("pair", PAIR | {"chosen": "a" + " a" * 17}, "longer than --max_length 20"),  # 2 + 18 + EOS
     ("sft", {"prompt": "Go", "completion": "a" + " a" * 17}, "longer than --max_length 20"),
@@ -344,7 +345,8 @@ def test_splits(tmp_path, capsys):
 def test_rows_are_kept(process, toy, tmp_path, capsys, monkeypatch):
     """A second start encodes nothing, wherever the files lie; each says what it dropped and which columns it read."""
     encoded, home = [], tmp_path / "home"
-    rows = [FARM | {"preference": i, "split": "train" if i else "test", "note": "?"} for i in (0, 1, 2)]
+    bare = {name: value for name, value in FARM.items() if name != "input"}
+    rows = [bare | {"preference": i, "split": "train" if i else "test", "note": "?"} for i in (0, 1, 2)]
     file = written(home / "train.jsonl", rows)
     for name in ("one", "copy", "chat"):
         shutil.copytree(toy, tmp_path / name)
@@ -361,7 +363,7 @@ def test_rows_are_kept(process, toy, tmp_path, capsys, monkeypatch):
         assert common.load_rows("--dataset", str(name), "train", encode, process)["chosen"] == ["a", "b"]
         return len(encoded)
 
-    columns = "input, instruction, output_1, output_2, preference; not read: note, output, split\n"
+    columns = "instruction, output_1, output_2, preference; not read: note, output, split\n"
     for name, number, said in ((file, 3, "; dropped 1: 1 tie"), (f"{file}:train", 2, "")):
         for again in (number, 0):
             capsys.readouterr()
