@@ -4,6 +4,7 @@ import common
 
 import itertools
 import random
+import shutil
 
 import evidence
 import numpy as np
@@ -147,9 +148,22 @@ def test_every_experiment_runs(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "ANSWERS", 1)
     parse, parsed = common.parse_args, []
 
+    shutil.copytree(common.DATA / "toy", tmp_path / "data" / "toy")
+    for name, count in (("preference_train", 32), ("preference_eval", 16), ("ranked_eval", 4)):
+        rows = evidence.lines(common.DATA / f"{name}.jsonl")[:count]
+        evidence.write(tmp_path / "data" / f"{name}.jsonl", rows)
+    monkeypatch.setattr(common, "DATA", tmp_path / "data")
+
     def few(script, preset, argv):
         parsed.append(argv)
-        return parse(script, preset, [*argv, "--max_steps", "2"])
+        argv = [*argv, "--max_steps", "2"]
+        if "--policy_model" in argv:
+            argv += "--max_new_tokens 12 --global_batch_size 8 --generate 4".split()
+        elif "--dataset" not in argv and "--eval_dataset" not in argv:
+            for flag, name in (("dataset", "preference_train"), ("eval_dataset", "preference_eval")):
+                argv += [f"--{flag}", str(common.DATA / f"{name}.jsonl")]
+            argv += ["--ranked_dataset", str(common.DATA / "ranked_eval.jsonl")]
+        return parse(script, preset, argv)
 
     monkeypatch.setattr(common, "parse_args", few)
     monkeypatch.setitem(evidence.ARMS, "real", ["none"])
