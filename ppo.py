@@ -112,7 +112,7 @@ def preset(task: str, constraint: str) -> dict:
 
 
 def token_rewards(logps, ref_logps, scores, is_response, kl_coef: float) -> torch.Tensor:
-    """-kl_coef (log π - log π_ref) at each token, and at the last one + the score: (P, L), 0 past the end. Scores are
+    """-kl_coef (log π - log π_ref) at each token, plus the score at the last one: (P, L), 0 past the end. Scores are
     (P,), all else is (P, L), and is_response is True from a response's first token to its last."""
     rewards = torch.where(is_response, -kl_coef * (logps - ref_logps), 0.0)  # P L
     last = is_response.sum(1, keepdim=True) - 1  # P 1
@@ -120,7 +120,7 @@ def token_rewards(logps, ref_logps, scores, is_response, kl_coef: float) -> torc
 
 
 def advantages_and_returns(rewards, values, is_response, gamma: float, gae_lambda: float):
-    """GAE and the critic's targets from rewards and values, each (P, L) and, but for the values, 0 past the end."""
+    """GAE and the critic's targets, from rewards and values, all (P, L). Rewards and results are 0 past the end."""
     values = torch.where(is_response, values, 0.0)
     advantages = torch.zeros_like(values)
     advantage = next_value = torch.zeros_like(values[:, 0])  # P; nothing follows the last token

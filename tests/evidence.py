@@ -25,7 +25,7 @@ Experiments
     dpo     none, cos_sim, fixed 1, label smoothing, IPO; gold and KL at checkpoints
     real    a real language model on real pairs: none, cos_sim, cos_sim shuffled; 1 and 3 epochs
 
-Predictions and outcomes of all but `spread` are in EVIDENCE.md. Of `spread`, named before its runs:
+Predictions and outcomes are in EVIDENCE.md. Of `spread`, named before its runs:
     End points: gold, mean of the last 30 steps (it decides); gold at √KL 1.5 and at 2; growth of the score over σ₀ in
     the last 30. Intervals are Student's t over the paired differences of the seeds, 95 %. `cos_sim` is better (worse)
     than another arm where the interval of gold lies above (below) 0; a tie is an interval within ±1 that holds 0;

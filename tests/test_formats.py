@@ -6,6 +6,7 @@ Tokens are written as the toy's tokenizer spells them, with blanks between: Ġ i
 import common
 
 import csv
+import datetime
 import functools
 import io
 import json
@@ -232,6 +233,7 @@ TURNS = [  # prompt, what both answers begin with, the prompt's turns
     ([SYSTEM, USER], [USER, HI, DO], [SYSTEM, USER, HI, DO]),
     ([USER], [USER | {"name": "Al"}], [USER, USER | {"name": "Al"}]),  # another's
     ("Go", [SYSTEM, USER, HI, DO], [SYSTEM, USER, HI, DO]),
+    ([USER | {"at": datetime.date(2026, 1, 2)}], [HI, DO], [USER | {"at": "2026-01-02"}, HI, DO]),  # of Parquet
     ("Do", [SYSTEM, USER], [DO, SYSTEM, USER]),
     ([USER | NULLS, CALLING, TOOL | {"name": "stock"}], [THOUGHT | NULLS | THOUGHT, DO | NULLS], WHOLE),
 ]
