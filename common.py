@@ -1,21 +1,20 @@
 """What is the same for any loss: process, flags, rows, batches, models, the DeepSpeed engine, metrics and files.
 
-Nothing of a method lives here. What the user can mend is an `InputError`: one line on stderr. Symbols in the shapes:
-R rows of a micro batch, T tokens of a row, N chosen positions, B pairs, V vocabulary, n rows of a data set.
+What the user can mend is an `InputError`: one line on stderr. Shapes: R rows of a micro batch, T tokens of a row,
+N chosen positions, B pairs, V vocabulary, n rows of a data set.
 """
 
 import os
 from pathlib import Path
 
-# Read when libraries are loaded, so scripts import this file first. Waiting threads leave the cores to what else runs:
-# at once on AMD, where it costs nothing; after a short spin on Intel, where a small model would lose 18 % of its rate.
+# Read when libraries are loaded, so scripts import this file first. Waiting threads leave their cores, on Intel after a
+# short spin, without which a small model loses 18 % of its rate.
 intel = (cpu := Path("/proc/cpuinfo")).exists() and "GenuineIntel" in cpu.read_text()
 OURS = {"GOMP_SPINCOUNT": "10000"} if intel else {"OMP_WAIT_POLICY": "PASSIVE"}
 OURS |= {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "critical"}
 OURS |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 os.environ |= OURS | os.environ
 
-import contextlib
 import csv
 import ctypes
 import dataclasses
@@ -35,6 +34,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, UserDict, defaultdict
+from contextlib import contextmanager, suppress
 
 import datasets
 import deepspeed
@@ -43,33 +43,30 @@ import numpy as np
 import pyarrow.parquet
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 import tyro
 from scipy.stats import kendalltau, spearmanr
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# What has no correlation, or no mean, is NaN, and null in files.
-warnings.filterwarnings("ignore", message="An input array is constant|Mean of empty slice|One or more sample arg")
+warnings.filterwarnings("ignore", category=RuntimeWarning)  # a correlation or mean of nothing is NaN
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
 NO_LABEL = -100
-# What --resume does not compare, since neither weights nor answers depend on it.
+# What --resume does not compare; of data it compares the rows.
 FREE = "dataset eval_dataset ranked_dataset resume overwrite output_dir save_every keep log_every eval_every local_rank"
 
 
 class InputError(Exception):
-    """Something that the user can mend. The message says what, where and how."""
+    """Something that the user can mend: what, where and how."""
 
 
 class Unusable(Exception):
-    """A row that cannot be used, and why. Such rows are counted and left out."""
+    """Why a row is left out, and counted."""
 
 
 def said(error: BaseException) -> str:
-    """What an exception says, in one line, not too long; of a chain the innermost, which has the reason."""
+    """What an exception says, in one line; of a chain the innermost, which has the reason."""
     while not isinstance(error, InputError) and error.__cause__:
         error = error.__cause__
     plain = isinstance(error, OSError) or type(error) in (InputError, ValueError)
@@ -77,31 +74,30 @@ def said(error: BaseException) -> str:
     return text if len(text) < 900 else f"{text[:600]} ... {text[-200:]}"
 
 
-@contextlib.contextmanager
+@contextmanager
 def naming(what: str):
-    """Inside, a library reads or writes something: whatever it raises becomes one line that begins with `what`."""
+    """Whatever a library raises inside becomes one line that begins with `what`."""
     try:
         yield
     except Exception as error:
         raise InputError(f"{what}: {said(error)}") from error
 
 
-# ---------------------------------------------------------------- flags and process
+# -------- flags and process
 
 
 def parse_args(args_class, preset, argv: list[str] | None = None):
-    """Flags over what `preset(task, constraint)` gives over the dataclass's own defaults; `--help` shows both. Data of
-    the user's own cancel the evaluation data that belong to the task's."""
+    """Flags over `preset(task, constraint)` over the dataclass's own defaults; `--help` shows both. Data of the user's
+    own cancel the evaluation data of the task."""
     options = {"args": argv, "console_outputs": os.environ.get("RANK", "0") == "0"}  # one usage message
     first = [("task", str, "toy"), ("constraint", str, "none"), ("dataset", str, ""), ("eval_dataset", str, "")]
-    # First the flags that choose the defaults, then all.
     given, _ = tyro.cli(dataclasses.make_dataclass("Args", first), add_help=False, return_unknown_args=True, **options)
     values = preset(given.task, given.constraint)
     if given.dataset or given.eval_dataset:  # flags win over these
-        values |= {name: "" for name in ("eval_dataset", "ranked_dataset") if hasattr(args_class, name)}
+        values |= dict.fromkeys(vars(args_class).keys() & {"eval_dataset", "ranked_dataset"}, "")
     args = tyro.cli(args_class, default=args_class(**values), use_underscores=True, **options)
-    counts = "max_length max_prompt_length max_new_tokens micro_batch_size global_batch_size log_every keep minibatches"
-    at_least = dict.fromkeys(f"{counts} ppo_epochs".split(), 1) | {"temperature": 1e-3, "local_rank": -1}
+    counts = "max_new_tokens micro_batch_size log_every keep minibatches ppo_epochs"
+    at_least = dict.fromkeys(counts.split(), 1) | {"temperature": 1e-3, "local_rank": -1}
     at_most = {"label_smoothing": 0.5, "gamma": 1, "gae_lambda": 1, "seed": 2**32 - 1}
     for name, value in vars(args).items():
         least, most = at_least.get(name, 0), at_most.get(name, sys.float_info.max)
@@ -117,20 +113,22 @@ class Process:
     world_size: int
     device: torch.device
 
-    def print(self, message: str) -> None:
-        if self.rank == 0:
-            tqdm.write(message)
+
+def say(message: str):
+    """Print, on rank 0."""
+    if dist.get_rank() == 0:
+        tqdm.write(message)
 
 
-def run(main, args_class, preset) -> None:
-    """main(args). What ends a run early is the last thing on the screen; the status is then 1, or 128 + the signal."""
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a ? for what it lacks; a log has each line at once
+def run(main, args_class, preset):
+    """main(args). What ends a run early is its last line on the screen; the status is then 1, or 128 + the signal."""
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a ? for what it lacks
     status = 0
     try:
         try:
             find_ranks()
             main(parse_args(args_class, preset))
-        except SystemExit as end:  # on every rank: a usage message, a signal after its checkpoint, or nothing to do
+        except SystemExit as end:  # on all ranks: wrong usage, a signal after its checkpoint, or nothing to do
             status = end.code or 0
         if dist.is_initialized():
             dist.barrier()  # rank 0 may still write
@@ -139,29 +137,28 @@ def run(main, args_class, preset) -> None:
         status = 130
     except Exception as error:
         status = 1
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, which ends the ranks that wait here
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends the sleep
         known = isinstance(error, InputError | OSError)
         lost = not known and re.search(r"(?i)by peer|broken pipe|gloo|nccl", str(error))
         time.sleep(10 * (os.environ.get("RANK", "0") != "0") + 10 * bool(lost))  # first the rank that knows why
         if not known:
             traceback.print_exc()
         tqdm.write(f"{Path(sys.argv[0]).name}: error: {said(error)}", file=sys.stderr)
-    # No finalizing: a Gloo thread that then still wants the GIL would abort the process (seen: 2 of 50, busy cores).
+    # Not sys.exit: a Gloo thread that still wants the GIL would abort the process (2 of 50, on busy cores).
     os._exit(status)
 
 
-def find_ranks() -> None:
-    """RANK, WORLD_SIZE and so on under srun and mpirun too, which give them other names; else one process."""
+def find_ranks():
+    """RANK, WORLD_SIZE and so on, also from srun's and mpirun's names; else of one process."""
     env, ours = os.environ, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     slurm = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
     for theirs in (slurm, [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]):
         if "RANK" not in env and int(env.get(theirs[1], 1)) > 1:
             env |= {name: re.match(r"\d+", env[their])[0] for name, their in zip(ours, theirs)}  # Slurm: "8(x2),4"
-    if "RANK" not in env and int(env.get("WORLD_SIZE", 1)) > 1:  # each would be the first, and wait for the others
-        raise InputError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set: unset the one, or set both")
-    for name, value in zip(ours, "0101"):
-        env.setdefault(name, value)
-    if env["WORLD_SIZE"] == env["LOCAL_WORLD_SIZE"]:  # one machine; several need the name of the first
+    env |= dict(zip(ours, "0101")) | env
+    if env["WORLD_SIZE"] == "1":  # a port of its own, whatever started it
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    elif env["WORLD_SIZE"] == env["LOCAL_WORLD_SIZE"]:  # one machine
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | env
 
 
@@ -174,28 +171,25 @@ def start(seed: int) -> Process:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        deepspeed.ops.__compatible_ops__ = {}  # else init_distributed compiles a C++ all-reduce, for over a minute
+        deepspeed.ops.__compatible_ops__ = {}  # else a C++ all-reduce is compiled, for over a minute
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = os.environ.get("LOCAL_SIZE") or os.environ["LOCAL_WORLD_SIZE"]  # deepspeed's, torchrun's
         torch.set_num_threads(max(1, cores // int(local_ranks)))
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-                libc.mallopt(parameter, 1 << 30)  # keep what is freed: activations come back, and mapping is slow
-    if world_size == 1 and not dist.is_initialized():  # without a port, which another run may have
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))  # others wait where rank 0 works
+                libc.mallopt(parameter, 1 << 30)  # keep what is freed: mapping is slow
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))  # rank 0 may work for long
     transformers.set_seed(seed)
     return Process(rank, world_size, device)
 
 
-def on_rank_0(process: Process, function, each_machine: bool = False):
+def on_rank_0(function, each_machine: bool = False):
     """function() on rank 0, or on the first rank of each machine; every rank gets rank 0's result, or the error."""
     result = failure = None
-    if process.rank == 0 or each_machine and os.environ["LOCAL_RANK"] == "0":
+    if dist.get_rank() == 0 or each_machine and os.environ["LOCAL_RANK"] == "0":
         try:
             result = function()
-        except (Exception, SystemExit) as error:  # whatever it is, the other ranks must not wait for ever
+        except (Exception, SystemExit) as error:  # the other ranks must not wait for ever
             failure = error
     message = failure if isinstance(failure, SystemExit | None) else InputError(said(failure))
     results, messages = zip(*gather_objects((result, message)))
@@ -205,8 +199,8 @@ def on_rank_0(process: Process, function, each_machine: bool = False):
 
 
 def gather_objects(item) -> list:
-    """One object of each rank, in order, on every rank."""
-    # Alone, Gloo would copy a long one by OpenMP in a thread of its own: that takes 40 % off a small model's rate.
+    """One object of each rank, in order."""
+    # Alone without Gloo, whose threads take 40 % off a small model's rate.
     items = [item] * dist.get_world_size()
     if len(items) > 1:
         dist.all_gather_object(items, item)
@@ -214,7 +208,7 @@ def gather_objects(item) -> list:
 
 
 def interleaved(mine: list) -> list:
-    """The items of all ranks in order, where this rank has every world_size-th, from its own number on."""
+    """All ranks' items in order, of which a rank has every world_size-th."""
     parts = gather_objects(mine)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
@@ -224,9 +218,9 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(gather_objects(tensor.cpu()), 1)
 
 
-def accumulation_steps(args, process: Process) -> int:
-    """Micro batches per optimizer step, each the largest up to --micro_batch_size that divides a rank's share."""
-    size, parts = args.global_batch_size, process.world_size * getattr(args, "minibatches", 1)
+def accumulation_steps(args) -> int:
+    """Micro batches per step, of the largest size up to --micro_batch_size that divides a rank's share."""
+    size, parts = args.global_batch_size, dist.get_world_size() * getattr(args, "minibatches", 1)
     share, rest = divmod(size, parts)
     if rest or not share:
         raise InputError(f"--global_batch_size {size} is no multiple of {parts}, ranks x --minibatches: change one")
@@ -234,12 +228,12 @@ def accumulation_steps(args, process: Process) -> int:
     return share // args.micro_batch_size
 
 
-# ---------------------------------------------------------------- files and caches
+# -------- files and caches
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path: Path):
-    """Another name to write to, which becomes `path` at the end: a file or folder is there whole or not at all."""
+    """A name to write to, which becomes `path` at the end: a file or folder is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(".part", dir=path.parent) as folder:
         yield Path(folder, path.name)
@@ -247,19 +241,19 @@ def writing(path: Path):
         os.replace(Path(folder, path.name), path)
 
 
-def remove(path: Path) -> None:
+def remove(path: Path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: str) -> None:
+def write_file(path: Path, content: str):
     with writing(path) as part:
         part.write_text(content, encoding="utf-8")
 
 
 def json_line(values: dict) -> str:
-    """One line of JSON, in which a number that is not finite is null."""
+    """One line of JSON; a number that is not finite is null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps(clean, allow_nan=False) + "\n"
+    return json.dumps(clean) + "\n"
 
 
 def digest(files) -> str:
@@ -280,33 +274,33 @@ def model_version(path: str, weights: bool = True) -> str:
 
 
 def cache_path(kind: str, *content) -> Path:
-    """Where what follows from `content` and the code alone is kept: below $PCRM_CACHE or ~/.cache/pcrm."""
+    """Where what follows from `content` and the code is kept: below $PCRM_CACHE or ~/.cache/pcrm."""
     root = Path(os.environ.get("PCRM_CACHE") or Path.home() / ".cache" / "pcrm")
     code = digest(sorted(Path(__file__).parent.glob("*.py")))
     key = json.dumps([content, code, torch.__version__, transformers.__version__])
     return root / kind / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def cached(kind: str, content: list, compute, process: Process) -> torch.Tensor:
+def cached(kind: str, content: list, compute) -> torch.Tensor:
     """compute(), on all ranks; or what it gave when `content` was last the same."""
     path = cache_path(kind, *content).with_suffix(".npy")
-    found = on_rank_0(process, lambda: np.load(path) if path.exists() else None)
+    found = on_rank_0(lambda: np.load(path) if path.exists() else None)
     if found is None:
         found = compute().numpy()
-        if process.rank == 0:
+        if dist.get_rank() == 0:
             with writing(path) as part:
                 np.save(part, found)
     return torch.from_numpy(found)
 
 
-# ---------------------------------------------------------------- results and checkpoints
+# -------- results and checkpoints
 
 
-def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
-    """Make --output_dir with args.json in it. `outputs` is what the script writes there, the last one at its end, where
-    --resume ends the process. Only a run without a checkpoint is replaced unasked."""
+def open_output(args, outputs: tuple[str, ...]) -> Path:
+    """--output_dir with args.json in it. `outputs`: what the script writes there, at its end the last. Only a run with
+    neither that nor a checkpoint is replaced unasked."""
 
-    def make() -> str:
+    def make():
         if args.resume and not args.output_dir:
             raise InputError("--resume needs the --output_dir of the run that goes on")
         parts = (Path(sys.argv[0]).stem, getattr(args, "constraint", ""), f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
@@ -323,48 +317,48 @@ def open_output(args, process: Process, outputs: tuple[str, ...]) -> Path:
         if what and not args.resume and not args.overwrite:
             raise InputError(f"--output_dir {folder} holds {what}: choose another, or pass --resume or --overwrite")
         if args.resume and finished:
-            process.print(f"{folder} holds this run, finished")
+            say(f"{folder} holds this run, finished")
             sys.exit(0)
         if not what or not args.resume:
             for name in (*outputs[::-1], "checkpoints", "metrics.jsonl", "tensorboard"):
-                if (folder / name).exists():  # killed in here, it leaves nothing that looks whole
+                if (folder / name).exists():  # after a kill nothing looks whole
                     remove((folder / name).rename(folder / f"{name}.part"))
             write_file(old, json.dumps(vars(args), indent=2) + "\n")
         return str(folder)
 
-    args.output_dir = on_rank_0(process, make)
+    args.output_dir = on_rank_0(make)
     return Path(args.output_dir)
 
 
 def whole(folder: Path) -> list[Path]:
-    """The checkpoints of a run that are whole, the newest last."""
+    """A run's whole checkpoints, the newest last."""
     return sorted(folder.glob("checkpoints/step-*[0-9]"), key=lambda path: int(path.name[5:]))
 
 
-def on_signals(handler) -> None:
+def on_signals(handler):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
 
 
 class Checkpoints:
-    """checkpoints/step-N, every --save_every steps and after SIGTERM or SIGINT: --resume goes on to the same bits, from
-    `step` with `state` (what the script wants back), without a checkpoint from 0 with none."""
+    """checkpoints/step-N, every --save_every steps and after SIGTERM or SIGINT. --resume goes on to the same bits from
+    `step`, 0 without a checkpoint, with the script's own `state`."""
 
-    def __init__(self, folder: Path, metrics, args, process: Process, rows, **engines):
-        self.folder, self.metrics, self.args, self.process, self.engines = folder, metrics, args, process, engines
+    def __init__(self, metrics, args, rows, **engines):
+        self.metrics, self.args, self.engines, self.folder = metrics, args, engines, Path(args.output_dir)
         self.step, self.state, self.signal = 0, {}, 0
 
-        def read() -> tuple:  # now: files may change while the run goes on, or come to lie elsewhere
+        def read():  # now: files may change while the run goes on
             flags = {f"--{name}": value for name, value in vars(args).items() if name not in FREE.split()}
             models = {name: model_version(v) for name, v in flags.items() if v and name.endswith(("model", "encoder"))}
             files = [digest(file["filename"] for file in part.cache_files) for part in rows]
-            same = flags | models | {"the rows": files, "the number of ranks": process.world_size}
-            newest = next(reversed(whole(folder)), None)
+            same = flags | models | {"the rows": files, "the number of ranks": dist.get_world_size()}
+            newest = next(reversed(whole(self.folder)), None)
             return same, newest, newest and json.loads((newest / "state.json").read_text())
 
         if not metrics.total_steps:
             return
-        self.same, newest, saved = on_rank_0(process, read)
+        self.same, newest, saved = on_rank_0(read)
         if newest:
             for name, now in self.same.items():
                 if (then := saved["same"][name]) != now:
@@ -374,53 +368,52 @@ class Checkpoints:
                     engine.load_checkpoint(str(newest), tag=tag)
             self.step, self.state = saved["step"], saved["state"]
             metrics.go_on(self.step, **saved["metrics"])
-            process.print(f"resumed from {newest}")
+            say(f"resumed from {newest}")
         on_signals(lambda number, frame: setattr(self, "signal", number))  # step_done() reads it
 
-    def rest_of(self, epoch: int, batches: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """(step, batch) of the epoch's batches that are still to be trained on."""
+    def rest_of(self, epoch: int, batches: np.ndarray) -> list[tuple]:
+        """An epoch's (step, batch) that are still to be trained on."""
         steps = enumerate(batches, epoch * len(batches) + 1)
         return [(step, batch) for step, batch in steps if self.step < step <= self.metrics.total_steps]
 
-    def step_done(self, step: int, **state) -> None:
-        """After a step and its evaluation: a checkpoint if one is due; after a signal to any rank all ranks end."""
-        number = torch.tensor(self.signal, device=self.process.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+    def step_done(self, step: int, **state):
+        """After a step and its evaluation: a checkpoint if one is due; after a signal to any rank all end."""
+        number = max(gather_objects(self.signal))
         if number or self.args.save_every and step % self.args.save_every == 0:
             self.save(step, state)
         if number:
-            self.process.print(f"stopped after step {step}; to go on, add --resume --output_dir {self.folder}")
-            sys.exit(128 + int(number))
+            say(f"stopped after step {step}; to go on, add --resume --output_dir {self.folder}")
+            sys.exit(128 + number)
 
-    def save(self, step: int, state: dict) -> None:
-        """The folder gets its name when all is in it: a checkpoint is there whole or not at all."""
+    def save(self, step: int, state: dict):
+        """The folder gets its name when all is in it."""
         path = self.folder / "checkpoints" / f"step-{step}"
         part = Path(f"{path}.part")
 
-        def finish() -> None:
+        def finish():
             metrics = {"history": self.metrics.history, "size": self.metrics.path.stat().st_size}
             saved = {"step": step, "state": state, "metrics": metrics, "same": self.same}
             (part / "state.json").write_text(json.dumps(saved))
             part.rename(path)
             for old in whole(self.folder)[: -self.args.keep]:
-                remove(old.rename(f"{old}.part"))  # killed in here, it does not look whole
+                remove(old.rename(f"{old}.part"))
 
         with naming(f"no checkpoint at step {step} (is the disk full?)"):
             for tag, engine in self.engines.items():
                 engine.save_checkpoint(str(part), tag=tag, save_latest=False)
-            on_rank_0(self.process, finish)
+            on_rank_0(finish)
 
 
-# ---------------------------------------------------------------- rows
+# -------- rows
 
 DATA_FILE = re.compile(r"\.((json|jsonl|ndjson|csv)(\.(gz|bz2|zst))?|parquet)$")
 ASKING = "question", "query", "input", "system", "history", "context", "(no heading)"  # are never left out in silence
 
 
 def find_rows(name: str, split: str):
-    """What identifies the rows of a data set by content, and a function that reads them. `name` is a file or a pattern
-    of files, here or at hf://, a folder, or a data set on the Hub. `:SPLIT` may follow, which in a file keeps the rows
-    whose column `split` says so. Without it folders and the Hub give `split`, for evaluation else their only one."""
+    """What identifies rows by content, and a function that reads them. `name` is a file or pattern, here or at hf://, a
+    folder, or a Hub id, and :SPLIT may follow: of a file the rows whose column `split` says so. Without it folders and
+    the Hub give `split`, for evaluation else their only one."""
     path, wanted = (name, None) if Path(name).exists() else re.fullmatch(r"(.*?)(?::([\w.-]+))?", name).groups()
     if address := re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@(refs/\w+/[^/]+|[^/]+))?/(.+)", path):
         repo, revision, pattern = address.groups()
@@ -441,10 +434,10 @@ def find_rows(name: str, split: str):
 
 
 def find_splits(path: str) -> dict:
-    """The splits of a data set on the Hub or of a folder, each a data set or its files."""
+    """The splits of a Hub id or a folder, each a data set or its files."""
     if not Path(path).is_dir():
         return datasets.load_dataset(path)
-    if any((Path(path) / saved).exists() for saved in ("state.json", "dataset_dict.json")):  # by save_to_disk
+    if any(Path(path, saved).exists() for saved in ("state.json", "dataset_dict.json")):  # by save_to_disk
         splits = datasets.load_from_disk(path)
         return splits if isinstance(splits, dict) else {"train": splits}
     found = datasets.load_dataset_builder(path).config.data_files  # by their names, or as a README.md there says
@@ -456,7 +449,7 @@ def find_splits(path: str) -> dict:
 
 
 def read_file(path: Path) -> list[dict]:
-    """Rows of Parquet, CSV, a JSON list, or a JSON object on each line; texts stay the texts that they are."""
+    """Rows of Parquet, CSV, a JSON list or JSON lines; texts stay the texts that they are."""
     with naming(path.name):
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_table(path).to_pylist()
@@ -465,7 +458,7 @@ def read_file(path: Path) -> list[dict]:
         if ".csv" in path.suffixes:
             csv.field_size_limit(1 << 30)
             return list(csv.DictReader(io.StringIO(text, newline=""), restkey="(no heading)", strict=True))
-        if not text.lstrip().startswith("["):  # an object on each line: the same lines as a list
+        if not text.lstrip().startswith("["):  # an object on each line, as one list
             text = "[" + re.sub(r"(\n\s*)(?=\{)", r"\1,", text.strip()) + "]"
         return json.loads(text)
 
@@ -481,7 +474,7 @@ class Row(UserDict):
 
 
 def encoded(rows, encode, notes: Path):
-    """encode(row) of each row that is not Unusable. At the end `notes` says what was read, and what was left out."""
+    """encode(row) of each row that is not Unusable; then `notes` says what was read and what left out."""
     read, every, dropped = set(), set(), Counter()
     for number, columns in enumerate(rows, 1):
         row = Row(columns)
@@ -500,63 +493,62 @@ def encoded(rows, encode, notes: Path):
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not every:
         raise InputError(f"no usable row is left ({reasons})")
-    text = f"; dropped {sum(dropped.values())}: {reasons}" * bool(dropped)
-    text += f"; columns {', '.join(sorted(every & read))}"
-    write_file(notes, text + f"; not read: {', '.join(sorted(every - read))}" * bool(every - read))
+    facts = {"dropped": [reasons], "columns": sorted(every & read), "not read": sorted(every - read)}
+    write_file(notes, "".join(f"; {what}: {', '.join(names)}" for what, names in facts.items() if any(names)))
 
 
-def load_rows(flag: str, name: str, split: str, encode, process: Process) -> datasets.Dataset:
-    """The columns that `encode(row)`, a functools.partial, makes of each row that is not Unusable. The first rank of
-    each machine encodes them, once for all starts, to disk, where all read them without a copy."""
+def load_rows(flag: str, name: str, split: str, encode) -> datasets.Dataset:
+    """What `encode(row)`, a functools.partial, makes of each row that is not Unusable: once for all starts, on disk, by
+    the first rank of each machine."""
 
-    def build() -> tuple[datasets.Dataset, str]:
+    def build():
         with naming(f"{flag} {name}"):
             content, read = find_rows(name, split)
             tokenizer = model_version(encode.keywords["tokenizer"].name_or_path, weights=False)
             path = cache_path("rows", content, encode.func.__name__, encode.keywords | {"tokenizer": tokenizer})
-            notes = path.with_suffix(".txt")  # written before the rows are whole: where they are, it is too
+            notes = path.with_suffix(".txt")  # written before the rows are whole
             cache = {"cache_dir": str(path.parent), "fingerprint": path.name}
             rows = datasets.Dataset.from_generator(lambda: encoded(read(), encode, notes), **cache)
             return rows, notes.read_text(encoding="utf-8")
 
-    rows, notes = on_rank_0(process, build, each_machine=True)  # to other ranks goes the name of the rows' file
-    process.print(f"{flag}: {len(rows)} rows{notes}")
+    rows, notes = on_rank_0(build, each_machine=True)
+    say(f"{flag}: {len(rows)} rows{notes}")
     return rows
 
 
-def column(rows: datasets.Dataset, name: str) -> np.ndarray:
+def column(rows, name: str) -> np.ndarray:
     """A column of numbers, (n,)."""
     return np.asarray(rows.with_format("numpy")[name][:])
 
 
-def load_data(args, encode, process: Process) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Rows to train on, none with --epochs 0, and held-out rows: --eval_dataset, or prompts of --dataset."""
+def load_data(args, encode) -> tuple:
+    """Rows to train on, none with --epochs 0, and held-out rows, of --eval_dataset or of --dataset."""
     if args.eval_dataset:
-        held_out = load_rows("--eval_dataset", args.eval_dataset, "test", encode, process)
-        rows = load_rows("--dataset", args.dataset, "train", encode, process) if args.epochs else held_out.select([])
+        held_out = load_rows("--eval_dataset", args.eval_dataset, "test", encode)
+        rows = load_rows("--dataset", args.dataset, "train", encode) if args.epochs else held_out.select([])
         return rows, held_out
-    rows = load_rows("--dataset", args.dataset, "train", encode, process)
+    rows = load_rows("--dataset", args.dataset, "train", encode)
     prompts, held_out, room = defaultdict(list), [], math.ceil(min(500, len(rows) / 10))
     for row, prompt in enumerate(rows["prompt"]):
         prompts[prompt or row].append(row)  # without a prompt each row is its own
     groups = list(prompts.values())
-    for i in np.random.default_rng(args.seed).permutation(len(groups)):  # whole prompts, so that none is on both sides
+    for i in np.random.default_rng(args.seed).permutation(len(groups)):
         if len(held_out) + len(groups[i]) <= room:
             held_out += groups[i]
     if not held_out:
         raise InputError(f"--dataset {args.dataset}: no prompt has few enough rows to be held out: pass --eval_dataset")
-    process.print(f"held out: {len(held_out)} rows, by whole prompts")
+    say(f"held out: {len(held_out)} rows, by whole prompts")
     train = sorted({*range(len(rows))} - {*held_out}) if args.epochs else []
     return rows.select(train), rows.select(sorted(held_out))
 
 
-def load_ranked(args, encode) -> tuple[datasets.Dataset | None, list[list[float]]]:
-    """Responses of --ranked_dataset (columns prompt, responses, scores) as rows, each the chosen one of a pair with the
-    next; and each prompt's scores. Of prompts with more than two responses, where all can be used."""
+def load_ranked(args, encode) -> tuple:
+    """Responses of --ranked_dataset, each the chosen one of a pair with the next, and each prompt's scores; of prompts
+    with more than two responses, where all are usable."""
     pairs, human = [], []
     with naming(f"--ranked_dataset {args.ranked_dataset}"):
         for number, row in enumerate(find_rows(args.ranked_dataset, "test")[1]() if args.ranked_dataset else (), 1):
-            with naming(f"row {number}"), contextlib.suppress(Unusable):
+            with naming(f"row {number}"), suppress(Unusable):
                 responses, scores = row["responses"], [float(score) for score in row["scores"]]
                 if len(responses) != len(scores) or not np.isfinite(scores).all():
                     raise ValueError("scores must be a number for each of the responses")
@@ -567,9 +559,9 @@ def load_ranked(args, encode) -> tuple[datasets.Dataset | None, list[list[float]
     return datasets.Dataset.from_list(pairs) if pairs else None, human
 
 
-# ---------------------------------------------------------------- what a row says
+# -------- what a row says
 
-# The columns that make a format, by what a script needs; the first that a row has is taken.
+# The columns of each format; the first that a row has is taken.
 FORMATS = {
     "preference": ["chosen rejected", "preference output_1 output_2 instruction", "choice summaries info"],
     "demonstration": ["completion prompt", "messages", "output instruction", "summary post"],
@@ -578,9 +570,9 @@ FORMATS = {
 
 
 def read_example(row: dict, tokenizer, kind: str) -> dict:
-    """What a row in any known format says: a "preference" (chosen, rejected), a "demonstration", or its "prompt" alone,
-    as prompt (text), prompt_ids (tokens), instruction (the user's last words, as AlpacaEval knows a prompt), answers
-    (texts) and answer_ids (tokens, with what ends an answer). Unusable for ties and for missing or empty texts."""
+    """What a row in any known format says, a "preference" (chosen, rejected), a "demonstration" or its "prompt" alone:
+    texts, tokens (answers with what ends them), and the user's last words (instruction, by which AlpacaEval knows a
+    prompt). Unusable for ties and for missing or empty texts."""
     formats = FORMATS[kind] if kind != "prompt" else sum(FORMATS.values(), [])
     known = next((columns for columns in formats if row.keys() >= set(columns.split())), None)
     if known is None:
@@ -600,7 +592,7 @@ def read_example(row: dict, tokenizer, kind: str) -> dict:
         raise Unusable("empty response")
     if prompt is None:  # it is what the answers begin with, to the last turn or word within
         prompt = re.search(r"(?s)(.*\n\nAssistant:|.*\s|)", os.path.commonprefix(answers))[0].removesuffix(" ")
-        answers = [answer.removeprefix(prompt) for answer in answers]  # a blank before a word is the word's
+        answers = [answer.removeprefix(prompt) for answer in answers]  # with the blank before a word
     before, eos = beginning(tokenizer), [tokenizer.eos_token_id]
     ids, *answer_ids = tokenizer([prompt, *answers], add_special_tokens=False).input_ids
     return {
@@ -613,7 +605,7 @@ def read_example(row: dict, tokenizer, kind: str) -> dict:
 
 
 def parts_of(row: dict, known: str, kind: str) -> tuple:
-    """The prompt of a row, None where its answers begin with it, and its answers; each a text or a list of turns."""
+    """A row's prompt, None where its answers begin with it, and its answers, each a text or a list of turns."""
     match known.split():
         case ["chosen", "rejected"]:
             return asked(row, "prompt", "instruction"), [row["chosen"], row["rejected"]]
@@ -641,9 +633,9 @@ def parts_of(row: dict, known: str, kind: str) -> tuple:
 
 
 def asked(row: dict, *names: str) -> str | list | None:
-    """The prompt in the first of these columns; an AlpacaFarm instruction or a Reddit post in the paper's wording."""
+    """The prompt in the first of these columns; an instruction or a post in the paper's wording."""
     name = next((name for name in names if name in row), None)
-    if name and row[name] is None:  # a post: a news article
+    if name and row[name] is None:  # null post: news
         raise Unusable("missing text")
     if name == "post":
         task = "Your task is to generate a short summary of a post."
@@ -651,19 +643,19 @@ def asked(row: dict, *names: str) -> str | list | None:
     if name != "instruction":
         return name and row[name]
     text, extra = row["instruction"], row.get("input") or ""
-    repeated = text == extra or text.endswith((f" {extra}", f"\n{extra}"))  # the instruction has the input as a whole
+    repeated = text == extra or text.endswith((f" {extra}", f"\n{extra}"))  # the input is in the instruction already
     return f"\n\nHuman: {text if repeated else text + extra}\n\nAssistant: "
 
 
 def read_turns(prompt, answers: list, tools, tokenizer, kind: str) -> dict:
-    """A conversation by the tokenizer's chat template. Turns that all answers begin with belong to the prompt. The
-    whole is rendered and tokenized, as others do who score it or train on it; the answer is what follows the prompt."""
+    """A conversation by the tokenizer's chat template. Turns that all answers begin with belong to the prompt. Rendered
+    and tokenized is the whole, as others score it; the answer is what follows the prompt."""
 
-    def clean(value):  # without what is null, which Arrow gives to each turn that lacks what another has
+    def clean(value):  # without nulls, which Arrow puts where another turn has something
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         return json.loads(text, object_hook=lambda turn: {k: v for k, v in turn.items() if v is not None})
 
-    def key(turn: dict) -> str:
+    def key(turn):
         content = turn.get("content") or ""
         return json.dumps(turn | {"content": content.strip() if isinstance(content, str) else content}, sort_keys=True)
 
@@ -671,7 +663,7 @@ def read_turns(prompt, answers: list, tools, tokenizer, kind: str) -> dict:
     answers = [clean([{"role": "assistant", "content": a}] if isinstance(a, str) else a) for a in answers]
     shared = len(os.path.commonprefix([[key(turn) for turn in answer[:-1]] for answer in answers]))
     repeated, answers = answers[0][:shared] if answers else [], [answer[shared:] for answer in answers]
-    # The answers may repeat the prompt, also behind other turns, or its end: no turn comes twice.
+    # The answers may repeat the prompt, also behind other turns, or its end.
     ours, theirs = ([key(turn) for turn in turns] for turns in (begun, repeated))
     places = [(0, i) for i in range(len(theirs))] + [(own, 0) for own in range(len(ours) + 1)]
     own = next(own for own, i in places if theirs[i : i + len(ours) - own] == ours[own:])
@@ -701,8 +693,7 @@ def read_turns(prompt, answers: list, tools, tokenizer, kind: str) -> dict:
 
 
 def ended(ids: list[int], tokenizer) -> list[int]:
-    """An answer to the first special token of what the template writes behind it (a line break, a second end), or with
-    EOS where that holds none."""
+    """An answer up to the first special token behind its text, nothing after it; without one, with EOS."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
     behind = len(ids)
     while behind and (ids[behind - 1] in special or not tokenizer.decode(ids[behind - 1 : behind]).strip()):
@@ -713,26 +704,26 @@ def ended(ids: list[int], tokenizer) -> list[int]:
 
 @functools.cache
 def beginning(tokenizer) -> list[int]:
-    """The tokens that the tokenizer itself puts before a text."""
+    """What the tokenizer itself puts before a text."""
     ids, plain = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
     return next((ids[:i] for i in range(len(ids)) if ids[i : i + len(plain)] == plain), [])
 
 
 def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, needs_prompt: bool = False) -> dict:
-    """The columns of a pair: texts, tokens, how many of them both sequences begin with (prefix), and how many follow in
-    each. given: also the row's own similarity."""
+    """The columns of a pair: texts, tokens, how many both sequences begin with (prefix), and how many follow in each.
+    given: also the row's own similarity."""
     columns = read_example(row, tokenizer, "preference")
     chosen, rejected = (columns["prompt_ids"] + ids for ids in columns.pop("answer_ids"))
     if chosen == rejected:
         raise Unusable("identical responses")
     if needs_prompt and not columns["prompt_ids"]:
-        raise Unusable("prompt without a token")  # nothing would predict the response's first one
+        raise Unusable("prompt without a token")
     if max(len(chosen), len(rejected)) > max_length:
         raise Unusable(f"longer than --max_length {max_length}")  # Upstream: truncated
     prefix = len(os.path.commonprefix([chosen[:-1], rejected[:-1]]))  # each has a token of its own
     columns |= dict(zip(("chosen", "rejected"), columns.pop("answers")), chosen_ids=chosen, rejected_ids=rejected)
     columns |= dict(prefix=prefix, chosen_length=len(chosen) - prefix, rejected_length=len(rejected) - prefix)
-    columns |= dict(row_length=len(chosen) + len(rejected) - prefix)
+    columns["row_length"] = len(chosen) + len(rejected) - prefix
     if given:
         columns["similarity"] = float(row["similarity"])
         if not 0 < columns["similarity"] <= 1:
@@ -740,7 +731,7 @@ def encode_pair(row: dict, tokenizer, max_length: int, given: bool = False, need
     return columns
 
 
-# ---------------------------------------------------------------- batches
+# -------- batches
 
 
 def total_steps(args, rows: int) -> int:
@@ -753,60 +744,51 @@ def total_steps(args, rows: int) -> int:
 
 def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: steps x size row numbers, a function of (seed, epoch) and the data alone. Like lengths
-    come together: the shuffled rows are sorted in windows of 50 global batches and cut, and the batches are shuffled.
-    Ranks and micro batches then cut a global batch, so their number changes nothing."""
+    come together: shuffled rows are sorted in windows of 50 global batches and cut, and the batches shuffled."""
     rng = np.random.default_rng([seed, epoch])
-    # Drop the incomplete batch before sorting; after it, always the longest rows would be dropped.
+    # Rows too many go before sorting: later they would always be the longest.
     order = rng.permutation(len(lengths))[: len(lengths) // size * size]
     order = order[np.lexsort((lengths[order], np.arange(len(order)) // (50 * size)))]
     return rng.permutation(order.reshape(-1, size))
 
 
-def padded(rows: list[list[int]], value: int, device: torch.device) -> torch.Tensor:
+def padded(rows: list[list[int]], value: int, device) -> torch.Tensor:
     """Rows padded on the right, (R, T)."""
-    return pad_sequence([torch.tensor(row) for row in rows], True, value).to(device)
+    width = max(map(len, rows))
+    return torch.tensor(np.array([row + [value] * (width - len(row)) for row in rows]), device=device)
 
 
-def collate_rows(ids: list[list[int]], starts: list[int], pad_token_id: int, device: torch.device) -> dict:
-    """Model inputs for R rows, padded on the right (causal attention then needs no mask), and what they predict:
-    input_ids (R, T); labels (R, T), the next token from each row's start on, else -100."""
+def collate_rows(ids: list[list[int]], starts: list[int], pad_token_id: int, device) -> dict:
+    """Inputs for R rows, padded on the right, where causal attention needs no mask: input_ids (R, T); labels (R, T),
+    the next token from each row's start on, else -100."""
     labels = [[NO_LABEL] * (start - 1) + row[start:] + [NO_LABEL] for row, start in zip(ids, starts)]
     return {"input_ids": padded(ids, pad_token_id, device), "labels": padded(labels, NO_LABEL, device)}
 
 
-def separate_rows(chosen: list[int], rejected: list[int]) -> list[tuple]:
-    """(ids, labels, branch, positions) of a pair's two rows, see collate_pairs."""
-    both = ((1, chosen), (2, rejected))
-    return [(ids, ids[1:] + [NO_LABEL], [branch] * len(ids), [*range(len(ids))]) for branch, ids in both]
+def response_row(ids: list[int], branch: int, fork: int = 0) -> list[tuple]:
+    """(id, the next one or -100, branch, position) of each token; up to the fork the branch is 0."""
+    return list(zip(ids, ids[1:] + [NO_LABEL], [0] * fork + [branch] * (len(ids) - fork), range(len(ids))))
 
 
 def shared_row(chosen: list[int], rejected: list[int], prefix: int) -> list[tuple]:
-    """(ids, labels, branch, positions) of the one row [prefix | chosen | rejected], see collate_pairs. It forks one
-    token before the first that differs, so that each position predicts one token."""
+    """The one row [prefix | chosen | rejected]. It forks a token early, so that each position predicts one token."""
     fork = max(prefix - 1, 0)
-    ids = chosen + rejected[fork:]
-    labels = chosen[1:] + [NO_LABEL] + rejected[fork + 1 :] + [NO_LABEL]
-    branch = [0] * fork + [1] * (len(chosen) - fork) + [2] * (len(rejected) - fork)
-    positions = [*range(len(chosen)), *range(fork, len(rejected))]
-    return [(ids, labels, branch, positions)]
+    return response_row(chosen, 1, fork) + response_row(rejected, 2, fork)[fork:]
 
 
-def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> tuple[dict, ...]:
-    """Model inputs for B pairs (columns chosen_ids, rejected_ids, prefix), and what lies where.
-
-    With a shared prefix R = B rows: rejected does not see chosen, and its positions restart. Without, R = 2 B rows, a
-    pair's two together, and no mask. Both are padded on the right; of both the one with fewer tokens to read is taken.
-
-    Returns:
-        Model inputs: input_ids (R, T), if shared also position_ids (R, T) and attention_mask (R, 1, T, T), added to the
-        attention's scores; labels (R, T), the next token of the same response, -100 at its end and in padding; branch
-        (R, T), 0 what both responses begin with, 1 chosen, 2 rejected, -1 padding; positions (R, T).
-    """
+def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool, dtype, device) -> tuple:
+    """Inputs for B pairs (columns chosen_ids, rejected_ids, prefix), padded on the right; labels (R, T), the next token
+    of the same response, else -100; branch (R, T), 0 what both responses begin with, 1 chosen, 2 rejected, -1 padding;
+    positions (R, T). With a shared prefix R = B rows: rejected does not see chosen, and its positions restart. Else, or
+    where fewer tokens result, R = 2 B rows, a pair's two together, and no mask."""
     pairs = list(zip(batch["chosen_ids"], batch["rejected_ids"], batch["prefix"]))
     width = max(max(len(chosen), len(rejected)) for chosen, rejected, _ in pairs)
     shared = share_prefix and max(len(c) + len(r) - max(prefix - 1, 0) for c, r, prefix in pairs) < 2 * width
-    rows = [row for c, r, prefix in pairs for row in (shared_row(c, r, prefix) if shared else separate_rows(c, r))]
-    ids, labels, branch, positions = zip(*rows)
+    if shared:
+        rows = [shared_row(*pair) for pair in pairs]
+    else:
+        rows = [response_row(ids, branch) for *both, _ in pairs for branch, ids in enumerate(both, 1)]
+    ids, labels, branch, positions = zip(*([list(each) for each in zip(*row)] for row in rows))
     labels, branch = padded(labels, NO_LABEL, device), padded(branch, -1, device)  # each R T
     inputs, positions = {"input_ids": padded(ids, pad_token_id, device)}, padded(positions, 0, device)  # R T
     if shared:
@@ -818,42 +800,42 @@ def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool,
 
 
 @torch.no_grad()
-def over_rows(module, forward, rows, args, process: Process) -> torch.Tensor:
+def over_rows(module, forward, rows, args) -> torch.Tensor:
     """forward(columns of B rows), (B, k), for all rows: (n, k) fp32 on the CPU of every rank."""
     module.eval()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     order = np.argsort(-column(rows, "row_length"), kind="stable")
     batches = [order[i : i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)]
-    batches += batches[-1:] * (-len(batches) % process.world_size)  # at ZeRO-3 each rank must run equally many
-    mine = [forward(rows[batch]).float() for batch in batches[process.rank :: process.world_size]]  # each B k
+    batches += batches[-1:] * (-len(batches) % ranks)  # at ZeRO-3 each rank must run equally many
+    mine = [forward(rows[batch]).float() for batch in batches[rank::ranks]]  # each B k
     results = torch.cat(interleaved([each.cpu() for each in mine]))[: len(order)][np.argsort(order)]  # n k
     module.train()
     if not results.isfinite().all():
-        raise InputError("evaluation: a score is not finite; the model has diverged or its weights are broken")
+        raise InputError("evaluation: a score is not finite: the model's weights are broken")
     return results
 
 
-# ---------------------------------------------------------------- metrics
+# -------- metrics
 
 
 def margin_metrics(margin, bound, rank_loss, constraint_loss) -> dict[str, float]:
-    """What any loss says of the margins of some pairs, their bounds (NaN: none) and the loss's terms, each (n,)."""
-    bounded = not bound.isnan().any()
+    """What any loss says of some pairs' margins, bounds (NaN: none) and the loss's terms, each (n,)."""
     return {
         "loss": (rank_loss + constraint_loss).mean().item(),
         "rank_loss": rank_loss.mean().item(),
-        "constraint_loss": constraint_loss.mean().item() if bounded else math.nan,
+        "constraint_loss": (constraint_loss + 0 * bound).mean().item(),
         "accuracy": (margin > 0).float().mean().item(),
         "margin_mean": margin.mean().item(),
         "margin_std": margin.std(correction=0).item(),
         "margin_max": margin.max().item(),
         "bound_mean": bound.mean().item(),
-        "over_bound": (margin > bound).float().mean().item() if bounded else math.nan,
+        "over_bound": ((margin > bound) + 0 * bound).mean().item(),
     }
 
 
 def correlations(margin, similarity, pairs, scores: list[float], human: list[list[float]]) -> dict[str, float]:
-    """How well length alone would rank the pairs; whether the margin grows where the responses differ; the mean over
-    prompts of the rank correlation of ranked responses' scores, prompt after prompt, with the human ones."""
+    """How well length alone would rank the pairs; whether margins grow where responses differ; the mean over prompts of
+    the rank correlation of ranked responses' scores with the human ones."""
     longer = np.sign(np.subtract(column(pairs, "chosen_length"), column(pairs, "rejected_length")))
     scores = iter(scores)
     both = [([next(scores) for _ in own], own) for own in human]
@@ -866,32 +848,32 @@ def correlations(margin, similarity, pairs, scores: list[float], human: list[lis
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard, on rank 0. `shown` are the keys that a terminal gets."""
+    """metrics.jsonl and TensorBoard; `shown` are the keys that a terminal gets."""
 
-    def __init__(self, folder: Path, process: Process, args, total_steps: int, shown: tuple[str, ...]):
-        self.process, self.log_every, self.total_steps, self.shown = process, args.log_every, total_steps, shown
-        self.path, self.board, self.purge_step = folder / "metrics.jsonl", None, None
+    def __init__(self, args, total_steps: int, shown: tuple[str, ...]):
+        self.log_every, self.total_steps, self.shown = args.log_every, total_steps, shown
+        self.path, self.board, self.purge_step = Path(args.output_dir, "metrics.jsonl"), None, None
         self.history, self.amounts, self.since = [], Counter(), time.perf_counter()
 
-    def go_on(self, step: int, history: list[dict], size: int) -> None:
-        """Go on after a step, with its history and the size of the file: what was written since then is cut off."""
+    def go_on(self, step: int, history: list[dict], size: int):
+        """Go on after a step; what the file has got since then is cut off."""
         self.history, self.purge_step, self.since = history, step + 1, time.perf_counter()
-        if self.process.rank == 0:
+        if dist.get_rank() == 0:
             os.truncate(self.path, size)
 
     def add(self, step: int, values: dict, last: bool = False, **amounts: int) -> bool:
-        """Keep a step's values; every --log_every steps write their means, and amounts per second. Whether it wrote."""
+        """Every --log_every steps write the values' means, and amounts per second; whether it wrote."""
         self.history.append({name: float(value) for name, value in values.items()})
         self.amounts.update(amounts)
         if not (last or step in (1, self.total_steps) or step % self.log_every == 0):
             return False
         means = {name: float(np.mean([line[name] for line in self.history])) for name in values}
-        seconds, self.history = time.perf_counter() - self.since, []  # since the last line, of whatever kind
+        seconds, self.history = time.perf_counter() - self.since, []
         self.write(step, "train", means | {f"{name}_per_s": n / seconds for name, n in self.amounts.items()})
         return True
 
-    def write(self, step: int, split: str, values: dict) -> None:
-        if self.process.rank == 0:
+    def write(self, step: int, split: str, values: dict):
+        if dist.get_rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json_line({"step": step, "split": split, **values}))
             self.board = self.board or SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self.purge_step)
@@ -900,20 +882,19 @@ class Metrics:
                     self.board.add_scalar(f"{split}/{name}", value, step)
             self.board.flush()
         shown = [f"{name} {values[name]:.4g}" for name in self.shown if name in values]
-        self.process.print(f"step {step} of {self.total_steps}, {split}: {', '.join(shown)}")
+        say(f"step {step} of {self.total_steps}, {split}: {', '.join(shown)}")
         self.amounts, self.since = Counter(), time.perf_counter()
 
 
-# ---------------------------------------------------------------- models
+# -------- models
 
 
 def toy_model() -> str:
-    """The folder of the embedded task's starting model, a Llama of 0.9 million random weights, made at first use."""
+    """The embedded task's starting model, a Llama of 0.9 million random weights, made at first use."""
     folder = cache_path("toy", digest(sorted((DATA / "toy").iterdir())))
     if not folder.exists():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(DATA / "toy"))
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(DATA / "toy"))
         with writing(folder) as part:
             shutil.copytree(DATA / "toy", part)
             model.save_pretrained(part)
@@ -921,14 +902,14 @@ def toy_model() -> str:
 
 
 def load_tokenizer(path: str, trust_remote_code: bool):
-    """The model's tokenizer, with EOS and a padding token that is not EOS, for scores are read, by others too, at the
-    last token that is not padding. One without it lends an unused special token (Llama-2: <unk>); none is added."""
+    """The model's tokenizer, with EOS and a padding token that is not EOS: the last token that is not padding has the
+    score. Where it has none, an unused special token serves (Llama-2: <unk>)."""
     with naming(f"tokenizer {path}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if tokenizer.eos_token_id is None:
             raise ValueError("no EOS token, which ends every response")
-        taken = {tokenizer.eos_token, tokenizer.bos_token}
-        if tokenizer.pad_token is None or tokenizer.pad_token in taken:
+        taken = {tokenizer.eos_token, tokenizer.bos_token, None}
+        if tokenizer.pad_token in taken:
             special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
             free = [each for each in special if each not in taken and each not in str(tokenizer.chat_template or "")]
             if not free:
@@ -937,8 +918,8 @@ def load_tokenizer(path: str, trust_remote_code: bool):
     return tokenizer
 
 
-def check_tokenizer(flag: str, path: str, tokenizer, trust_remote_code: bool) -> None:
-    """InputError unless the model at `path` has the same tokens, and begins and ends a text with the same ones."""
+def check_tokenizer(flag: str, path: str, tokenizer, trust_remote_code: bool):
+    """InputError unless the model at `path` has the same tokens, and begins and ends a text alike."""
     both = (tokenizer, load_tokenizer(path, trust_remote_code))
     ours, theirs = ((each.get_vocab(), each.eos_token, beginning(each)) for each in both)
     if ours != theirs:
@@ -946,24 +927,26 @@ def check_tokenizer(flag: str, path: str, tokenizer, trust_remote_code: bool) ->
 
 
 def encoder_of(args, start: str) -> str:
-    """--encoder of cos_sim, by default the model that training starts from; of another constraint none."""
-    if args.constraint == "cos_sim" and not (args.encoder or args.epochs):
+    """--encoder of cos_sim, by default the model that training starts from."""
+    if args.constraint != "cos_sim":
+        return ""
+    if not (args.encoder or args.epochs):
         raise InputError("--constraint cos_sim with --epochs 0 needs the --encoder of training")
-    return (args.encoder or start) if args.constraint == "cos_sim" else ""
+    return args.encoder or start
 
 
 def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config: dict, **values):
-    """`auto_class.from_pretrained(path)` with whatever is random in training off, sharded from the start at ZeRO-3; and
-    transformers' loading information (`missing_keys` are those newly initialized)."""
-    # While this object lives, from_pretrained shards every model that it loads.
+    """`auto_class.from_pretrained(path)` without dropout, and transformers' loading information (`missing_keys` are
+    new)."""
+    # While this object lives, from_pretrained shards what it loads.
     sharding = transformers.integrations.HfDeepSpeedConfig(engine_config) if args.zero_stage == 3 else None
     with naming(f"{flag} {path}"):
         if transformers.utils.find_adapter_config_file(path):
-            raise ValueError("adapter_config.json: an adapter is not read; merge it into the model's own weights")
+            raise ValueError("adapter_config.json: an adapter is not read; merge it into the weights")
         remote = {"trust_remote_code": args.trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(path, **remote)
         config.update(values | {"pad_token_id": tokenizer.pad_token_id})
-        for part in (config, config.get_text_config()):  # both the same, but for models that also see pictures
+        for part in (config, config.get_text_config()):  # two where a model also sees pictures
             rates = [k for k, v in vars(part).items() if isinstance(v, float) and re.search("drop|jitter", k)]
             part.update(dict.fromkeys(rates, 0.0))
         options = {"dtype": torch.bfloat16 if args.dtype == "bf16" else torch.float32, "use_safetensors": True}
@@ -975,9 +958,8 @@ def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config:
         if (last := max(tokenizer.get_vocab().values())) >= rows:
             raise ValueError(f"{rows} embeddings, but token {last} is {tokenizer.convert_ids_to_tokens(last)!r}")
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_length
-        tables = {table.num_embeddings for table in model.modules() if isinstance(table, torch.nn.Embedding)} - {rows}
-        if args.max_length > positions and tables & {positions, positions + 2}:  # a table ends there (OPT's 2 later)
-            raise ValueError(f"{positions} learned positions for rows of up to {args.max_length} tokens: lower --max_*")
+        if args.max_length > positions:
+            raise ValueError(f"{positions} positions for rows of up to {args.max_length} tokens: lower --max_*")
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
     del sharding
@@ -985,96 +967,90 @@ def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config:
 
 
 def load_language_model(flag: str, path: str, args, tokenizer, engine_config: dict):
-    """A causal language model. Its generation_config names all tokens that end an answer: the tokenizer's EOS, those
-    that the folder's own lists, and what the chat template writes behind an answer."""
+    """A causal language model. Its generation_config names what ends an answer: the tokenizer's EOS, those that it
+    listed, and what the chat template writes behind an answer."""
     model, info = load_model(transformers.AutoModelForCausalLM, flag, path, args, tokenizer, engine_config)
     if info["missing_keys"] or any(name.startswith("score.") for name in info["unexpected_keys"]):
         keys = f"missing {sorted(info['missing_keys'])}, unexpected {sorted(info['unexpected_keys'])}"
-        raise InputError(f"{flag} {path} is no language model: {keys:.300}")
+        raise InputError(f"{flag} {path} is no language model: {keys}")
     listed = model.generation_config.eos_token_id
     ends = set(listed if isinstance(listed, list) else [listed]) & tokenizer.added_tokens_decoder.keys()
     if tokenizer.chat_template:
-        with contextlib.suppress(Exception):  # a template of its own mind, which refuses this
+        with suppress(Exception):  # a template that refuses this
             ends.add(read_turns("a", ["a"], None, tokenizer, "demonstration")["answer_ids"][0][-1])
     ends = sorted((ends | {tokenizer.eos_token_id}) - {tokenizer.pad_token_id})
-    # Else `generate` would take the model's own suppressed tokens, top-p and the like over.
+    # Without the model's own top-p, suppressed tokens and the like.
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     return model
 
 
 class Scorer(torch.nn.Module):
-    """A sequence classifier whose head sees chosen positions only, called as a language model is."""
+    """A sequence classifier called as a language model is: logits are scores (N,) fp32 where logits_to_keep (R, T)."""
 
     def __init__(self, classifier):
         super().__init__()
         self.classifier, self.config, self.dtype = classifier, classifier.config, classifier.dtype
 
     def forward(self, logits_to_keep: torch.Tensor, use_cache: bool = False, **inputs):
-        """logits: scores (N,) fp32 where logits_to_keep (R, T) is True."""
         hidden = self.classifier.base_model(use_cache=use_cache, **inputs).last_hidden_state  # R T H
         scores = self.classifier.score(hidden[logits_to_keep]).squeeze(-1).float()  # N
         return transformers.modeling_outputs.SequenceClassifierOutput(logits=scores)
 
 
 def load_reward_model(flag: str, path: str, args, tokenizer, engine_config: dict, new_head: bool = False) -> Scorer:
-    """A sequence classifier with one label. A new head is drawn from the seed, alike on all ranks and ZeRO stages."""
+    """A sequence classifier with one label; a new head is drawn from --seed."""
     kind, labels = transformers.AutoModelForSequenceClassification, {"num_labels": 1, "problem_type": "regression"}
     model, info = load_model(kind, flag, path, args, tokenizer, engine_config, **labels)
-    missing, what = set(info["missing_keys"]), f"{flag} {path}"
-    if not hasattr(model, "score") or missing - {"score.weight"}:
-        raise InputError(f"{what}: not a decoder with a `score` head; missing {sorted(missing)}")
-    with torch.device("meta"):  # what a language model of this kind has beside its body, and is not needed
+    missing = set(info["missing_keys"])
+    if not hasattr(model, "score") or missing - ({"score.weight"} if new_head else set()):
+        raise InputError(f"{flag} {path} is no decoder with a `score` head; missing {sorted(missing)}")
+    with torch.device("meta"):  # what a language model of this kind has beside its body
         causal = transformers.AutoModelForCausalLM.from_config(model.config, trust_remote_code=args.trust_remote_code)
     ignored = "|".join([r"^embed_out\.", *(causal._keys_to_ignore_on_load_unexpected or [])])  # GPT-NeoX's on disk
     unused = {key for key in info["unexpected_keys"] if not re.search(ignored, key)} - causal.state_dict().keys()
     if unused:
-        raise InputError(f"{what}: {sorted(unused)} would not be used; a reward model's head is score.weight alone")
-    if missing and not new_head:
-        raise InputError(f"{what} is no reward model: pass what reward.py wrote")
+        raise InputError(f"{flag} {path}: {sorted(unused)} would not be used; a head is score.weight alone")
     if missing:
-        config = model.config.get_text_config()
-        std = getattr(config, "initializer_range", None) or getattr(config, "init_std", None) or 0.02  # OPT: init_std
+        std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
         with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
             head = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(args.seed))
             model.score.weight.data.copy_(head * std)
-        if dist.get_rank() == 0:
-            tqdm.write("score head: new, drawn from --seed")
+        say("score head: new, drawn from --seed")
     return Scorer(model)
 
 
 def token_logps(model, labels: torch.Tensor, temperature: float = 1.0, **inputs) -> torch.Tensor:
-    """log π of each label (R, T) that is not -100, row after row: (N,) fp32. The head sees no other position."""
+    """log π of each label (R, T) that is not -100, row after row: (N,) fp32."""
     keep = labels != NO_LABEL  # R T
     logits = model(logits_to_keep=keep, use_cache=False, **inputs).logits  # N V
     logits = logits[keep] if logits.dim() == 3 else logits  # a model with code of its own may keep all
 
-    def logps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def logps(logits, labels):
         logits = logits.float() if temperature == 1 else logits.float() / temperature
-        return -F.cross_entropy(logits, labels, reduction="none")
+        return -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
-    size = 64 if logits.device.type == "cpu" else 4096  # rows whose fp32 copy stays in a cache, and is not kept
+    size = 64 if logits.device.type == "cpu" else 4096  # rows whose fp32 copy fits a cache; it is not kept
     parts = zip(logits.split(size), labels[keep].split(size))
     return torch.cat([checkpoint(logps, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
-def check_model(engine, model, args, process: Process) -> bool:
-    """Whether a pair may share one row with its prefix, found out by scoring a made-up pair both ways. Sets
-    model.reads_padding: whether padding before a prompt changes what follows, as in recurrent models. InputError for a
-    model whose outputs are not finite."""
-    config, fork = model.config.get_text_config(), max(4, min(args.max_length, 64) // 2)  # fork: tokens that are alike
+def check_model(engine, model, args, process) -> bool:
+    """Whether a pair may share one row, by scoring a made-up pair both ways. Sets model.reads_padding: whether padding
+    before a prompt changes what follows, as in recurrent models."""
+    config, fork = model.config.get_text_config(), max(4, min(args.max_length, 64) // 2)
     prefix, chosen, rejected = np.random.default_rng(0).integers(config.vocab_size, size=(3, fork)).tolist()
     batch = {"chosen_ids": [prefix + chosen], "rejected_ids": [prefix + rejected], "prefix": [fork]}
 
-    def outputs(keep: torch.Tensor, **inputs) -> torch.Tensor:
+    def outputs(keep, **inputs):
         logits = engine(logits_to_keep=keep, use_cache=False, **inputs).logits
         return (logits[keep] if logits.dim() == 3 else logits).float()
 
-    def pair(share: bool) -> torch.Tensor:
+    def pair(share):
         """Of chosen, then of rejected, from the fork on."""
         inputs, _, branch, positions = collate_pairs(batch, 0, share, model.dtype, process.device)
         return outputs((branch > 0) & (positions >= fork - 1), **inputs)
 
-    def alike(some: torch.Tensor, others: torch.Tensor) -> bool:
+    def alike(some, others):
         return bool((some - others).abs().max() <= (1e-3 if args.dtype == "fp32" else 0.05) * apart.abs().max())
 
     engine.train()
@@ -1085,22 +1061,21 @@ def check_model(engine, model, args, process: Process) -> bool:
     mask = torch.arange(ids.shape[1], device=process.device)[None] >= 16
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     model.reads_padding = True
-    with contextlib.suppress(Exception):  # it takes no mask or no positions of ours
+    with suppress(Exception):  # it takes no mask or no positions
         model.reads_padding = not alike(outputs(mask.cumsum(1) == fork, **inputs), apart[:1])
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if any(limit and limit < args.max_length for limit in limits):  # 64 tokens do not show it
         return False
-    with contextlib.suppress(Exception):
+    with suppress(Exception):
         return alike(pair(True), apart)
     return False
 
 
-# ---------------------------------------------------------------- engine
+# -------- engine
 
 
 def engine_config(args, accumulation: int) -> dict:
-    """The DeepSpeed configuration of one engine."""
-    # DeepSpeed offloads from stage 1 on, and its bf16 optimizer would step once on no gradient at stage 0.
+    # DeepSpeed offloads from stage 1 on, and at stage 0 its bf16 optimizer would step once on no gradient.
     args.zero_stage = max(args.zero_stage, int(args.dtype == "bf16" or args.offload))
     to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if args.offload else None
     return {
@@ -1109,22 +1084,22 @@ def engine_config(args, accumulation: int) -> dict:
         "gradient_clipping": 1.0,
         "bf16": {"enabled": args.dtype == "bf16"},
         "zero_optimization": {"stage": args.zero_stage, "offload_optimizer": to_cpu, "offload_param": to_cpu},
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloading too, and compiles nothing
+        "zero_force_ds_cpu_optimizer": False,  # torch's serves too, and compiles nothing
     }
 
 
-def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, process: Process):
+def make_engine(module, args, config: dict, total_steps: int, process):
     """A DeepSpeed engine with AdamW (0.9, 0.95), a cosine schedule, and no weight decay on biases and norm weights.
-    With no steps to run, what evaluates the module without room for an optimizer: at ZeRO-3 an engine, else itself."""
+    With no steps to run it has no optimizer, and below ZeRO-3 is the module itself."""
     if total_steps == 0:
         module = module.requires_grad_(False).to(process.device)
         return deepspeed.initialize(model=module, config=config)[0] if args.zero_stage == 3 else module
     shapes = {p: getattr(p, "ds_shape", p.shape) for p in module.parameters()}  # ZeRO-3 empties the parameters
     numbers = sum(map(math.prod, shapes.values()))
     if getattr(args, "task", "") == "toy" and numbers > 5_000_000:
-        how = f"pass --task, or a --learning_rate for {numbers / 1e6:,.0f} million parameters"
-        process.print(f"settings not given are those of --task toy, learning rate {args.learning_rate:g}: {how}")
-    # Gradients are reduced in buckets, whose default is this limit: a gigabyte for the smallest model.
+        how = f"pass --task, or one for {numbers / 1e6:,.0f} million parameters"
+        say(f"settings not given are those of --task toy, learning rate {args.learning_rate:g}: {how}")
+    # DeepSpeed's default takes a gigabyte for the smallest model.
     config["zero_optimization"]["reduce_bucket_size"] = min(numbers, 500_000_000)
     groups = [{"params": [], "weight_decay": decay} for decay in (args.weight_decay, 0.0)]
     for parameter, shape in shapes.items():
@@ -1137,55 +1112,54 @@ def make_engine(module: torch.nn.Module, args, config: dict, total_steps: int, p
 
 
 def optimizer_step(step: int, *engines) -> list[float]:
-    """The last step() of a global batch, of each (engine, its args); returns the gradients' norms before clipping.
-    InputError on all ranks where one is not finite, be it of one rank's loss: DeepSpeed would skip the step in silence,
-    or in fp32 without ZeRO write NaN into the weights."""
+    """The last step() of a global batch for each (engine, its args); the gradients' norms before clipping.
+    InputError on all ranks where one is not finite, which DeepSpeed skips in silence or writes into the weights."""
     norms = []
     for engine, args in engines:
         gradients = [] if args.zero_stage else [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)  # which the engine does not report at stage 0
+        norm = torch.nn.utils.get_total_norm(gradients)  # at stage 0 the engine has none
         engine.step()
-        norms.append(float(engine.get_global_grad_norm() if args.zero_stage else norm))  # of a step not taken inf
+        norms.append(float(engine.get_global_grad_norm() if args.zero_stage else norm))  # inf: skipped
         if not math.isfinite(norms[-1]):
             how = f"lower the learning rate ({args.learning_rate:g}), look at the data, or use --dtype fp32"
             raise InputError(f"step {step}: the gradient is not finite: {how}")
     return norms
 
 
-@contextlib.contextmanager
+@contextmanager
 def unsharded(engine):
-    """Inside, every rank has all weights, gathered once: ranks may then generate for different numbers of steps."""
+    """Inside, every rank has all weights: ranks may generate for different numbers of steps."""
     if not isinstance(engine, deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() < 3:
         yield
         return
     sharding = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        sharding._remove_module_hooks()  # they would shard each layer again behind its forward pass
+        sharding._remove_module_hooks()  # they would shard each layer again
         sharding.forward_hooks, sharding.backward_hooks = [], []
         yield
     sharding.setup_zero_stage3_hooks()
 
 
-def save_model(engine, model, tokenizer, folder: Path, process: Process) -> None:
-    """Write a Hugging Face folder (safetensors, configuration, tokenizer) of `model`, engine.module or a part of it."""
-    on_signals(signal.SIG_DFL)  # no step will end with a checkpoint any more
+def save_model(engine, model, tokenizer, folder: Path):
+    """Write a Hugging Face folder of `model`, engine.module or a part of it, with its tokenizer."""
+    on_signals(signal.SIG_DFL)  # no step follows
     weights = engine._zero3_consolidated_16bit_state_dict() if engine.zero_optimization_stage() == 3 else None
     weights = weights and {name.removeprefix("classifier."): value for name, value in weights.items()}  # a Scorer's
 
-    def write() -> None:
+    def write():
         with naming(f"cannot write {folder}"), writing(folder) as part:
             model.save_pretrained(part, state_dict=weights)
             tokenizer.save_pretrained(part)
 
-    on_rank_0(process, write)
+    on_rank_0(write)
 
 
-# ---------------------------------------------------------------- answers and pictures
+# -------- answers and pictures
 
 
 def drawn(points, temperature: float, input_ids, scores: torch.Tensor) -> torch.Tensor:
-    """Scores (R, V) that leave greedy decoding the drawn tokens alone. Each row has random numbers of its own, of which
-    `points` gives the next (R, 1): what it draws does not depend on the rows beside it."""
+    """Scores (R, V) that leave greedy decoding the drawn tokens alone. `points` gives each row's next random number
+    (R, 1): what a row draws does not depend on those beside it."""
     cumulated = (scores.float() / temperature).softmax(-1).double().cumsum(-1)  # R V
     token = torch.searchsorted(cumulated, next(points) * cumulated[:, -1:], right=True)  # R 1
     return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
@@ -1193,8 +1167,8 @@ def drawn(points, temperature: float, input_ids, scores: torch.Tensor) -> torch.
 
 @torch.no_grad()
 def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, temperature: float = 1.0) -> list[list[int]]:
-    """An answer to each of this rank's prompts, with what ends it where it ends within its room (in tokens). Drawn from
-    the model's own distribution: no top-k, no top-p. An answer is a function of its prompt and its seed."""
+    """An answer to each of this rank's prompts, with what ends it where it ends within its room (in tokens), drawn from
+    the model's own distribution. An answer is a function of its prompt and its seed."""
     engine.eval()
     answers, ends = [None] * len(prompts), model.generation_config.eos_token_id
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
@@ -1202,7 +1176,7 @@ def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, temperatu
         batches = []
         for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
             length, first = len(prompts[row]), batches[-1][0] if batches else 0
-            # Positions count from the longest prompt, new tokens from the largest room, the shortest one's.
+            # A batch takes its longest prompt plus its largest room, the shortest prompt's.
             full = not batches or len(batches[-1]) == size or length + rooms[first] > positions
             if full or model.reads_padding and length > len(prompts[first]):
                 batches.append([])
@@ -1221,30 +1195,30 @@ def sample(engine, model, tokenizer, prompts, rooms, seeds, size: int, temperatu
     return answers
 
 
-def answer_prompts(engine, model, tokenizer, rows: datasets.Dataset, args, process: Process) -> None:
-    """Sample answers to the first --generate different prompts of the rows: print some, and write all."""
+def answer_prompts(engine, model, tokenizer, rows, args):
+    """Answers to the first --generate different prompts of the rows: print some, and write all."""
     _, firsts = np.unique(np.array(rows["prompt"][:], object), return_index=True)
     rows = rows.select(sorted(firsts)[: args.generate])
-    mine = range(process.rank, len(rows), process.world_size)
+    mine = range(dist.get_rank(), len(rows), dist.get_world_size())
     seeds, prompts = [[args.seed, row] for row in mine], rows["prompt_ids"][mine]
     rooms = [args.max_length - len(prompt) for prompt in prompts]
     answers = sample(engine, model, tokenizer, prompts, rooms, seeds, args.micro_batch_size)
     texts = interleaved(tokenizer.batch_decode(answers, skip_special_tokens=True))
     for prompt, answer in list(zip(rows["prompt"], texts))[:3]:
-        process.print(f"sample: {prompt!r} -> {answer!r}")
-    write_generations(list(zip(rows["instruction"], texts)), args, process)
+        say(f"sample: {prompt!r} -> {answer!r}")
+    write_generations(list(zip(rows["instruction"], texts)), args)
 
 
-def write_generations(answers: list[tuple[str, str]], args, process: Process) -> None:
+def write_generations(answers: list[tuple[str, str]], args):
     """(instruction, answer) as AlpacaEval reads them: the last file of a run."""
     folder = Path(args.output_dir)
     results = [{"instruction": text, "output": answer, "generator": folder.name} for text, answer in answers]
-    if process.rank == 0:
+    if dist.get_rank() == 0:
         write_file(folder / "generations.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
-def plot_margins(lines: list[dict], args, path: Path) -> None:
-    """Margin and bound of each held-out pair against its similarity."""
+def plot_margins(lines: list[dict], args, path: Path):
+    """Margin and bound of each pair against its similarity."""
     from matplotlib.figure import Figure
 
     similarity, margin, bound = (np.array([x[name] for x in lines]) for name in ("similarity", "margin", "bound"))
@@ -1253,7 +1227,6 @@ def plot_margins(lines: list[dict], args, path: Path) -> None:
     axis.scatter(similarity, margin, s=8, alpha=0.5, linewidths=0, label="margin")
     if args.constraint != "none":
         axis.scatter(similarity, bound, s=3, color="C3", label="bound δ*")
-    axis.axhline(0, color="0.6", linewidth=0.8)
     axis.legend()
     axis.set(xlabel="similarity s", ylabel="margin", title=f"{args.constraint}: largest margin {margin.max():.1f}")
     axis.set_ylim(margin.min() - 0.5, max(margin.max(), 6) * 1.6)

@@ -104,7 +104,7 @@ def preset(task: str, constraint: str) -> dict:
     return TASKS.get(task, {}) | BETAS.get((task, constraint), {})
 
 
-# ---------------------------------------------------------------- data
+# -------- data
 
 
 def collate(batch: dict, pad_token_id: int, share_prefix: bool, dtype, device) -> dict[str, torch.Tensor]:
@@ -119,17 +119,17 @@ def collate(batch: dict, pad_token_id: int, share_prefix: bool, dtype, device) -
     return inputs | {"labels": labels, "pair": pair[kept], "branch": branch[kept], "pairs": len(batch["prefix"])}
 
 
-# ---------------------------------------------------------------- prior
+# -------- prior
 
 
-def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
+def similarities(pairs, args: Args, process) -> torch.Tensor:
     """How alike the responses of each pair are, (n,) in (0, 1]: once, before training, cached on disk by content."""
     if args.constraint == "given":
         return torch.tensor(common.column(pairs, "similarity")).float()
     if args.constraint != "cos_sim" or not len(pairs):  # for none and the controls a diagnostic
         return length_ratio(*(torch.tensor(common.column(pairs, f"{side}_length")) for side in ("chosen", "rejected")))
 
-    def compute() -> torch.Tensor:
+    def compute():
         mine = pairs[range(process.rank, len(pairs), process.world_size)]
         texts = [p + text for p, *both in zip(mine["prompt"], mine["chosen"], mine["rejected"]) for text in both]
         progress = functools.partial(tqdm, desc="similarity", unit="batch", mininterval=2, disable=process.rank > 0)
@@ -139,7 +139,7 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
 
     with common.naming(f"encoder {args.encoder}"):
         content = [common.model_version(args.encoder), args.encoder_pooling, pairs._fingerprint]
-        return common.cached("similarity", content, compute, process)
+        return common.cached("similarity", content, compute)
 
 
 def bounds_of(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Tensor:
@@ -153,7 +153,7 @@ def bounds_of(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Ten
     return bound[np.random.default_rng(args.seed).permutation(len(bound))] if args.shuffle_bounds else bound
 
 
-# ---------------------------------------------------------------- loss and metrics
+# -------- loss and metrics
 
 
 def pair_logps(model, pairs: int, pair: torch.Tensor, branch: torch.Tensor, **inputs) -> torch.Tensor:
@@ -163,15 +163,15 @@ def pair_logps(model, pairs: int, pair: torch.Tensor, branch: torch.Tensor, **in
     return torch.stack(sums, 1)
 
 
-def reference_logps(reference, pairs, args: Args, collator, process: common.Process) -> torch.Tensor:
+def reference_logps(reference, pairs, args: Args, collator, process) -> torch.Tensor:
     """log π_ref of the responses of all pairs, (2, n): once, before training, cached on disk by content."""
 
-    def compute() -> torch.Tensor:
-        return common.over_rows(reference, lambda batch: pair_logps(reference, **collator(batch)), pairs, args, process)
+    def compute():
+        return common.over_rows(reference, lambda batch: pair_logps(reference, **collator(batch)), pairs, args)
 
     content = [args.dtype, process.device.type, pairs._fingerprint]
-    version = common.on_rank_0(process, lambda: common.model_version(args.ref_model))
-    return common.cached("reference", [version, *content], compute, process).T
+    version = common.on_rank_0(lambda: common.model_version(args.ref_model))
+    return common.cached("reference", [version, *content], compute).T
 
 
 def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, bound, rank_loss, constraint_loss, kl_beta) -> dict:
@@ -187,20 +187,20 @@ def pair_metrics(chosen, rejected, ref_chosen, ref_rejected, bound, rank_loss, c
     }
 
 
-def evaluate(engine, pairs, similarity, ref_logps, ranked, args: Args, collator, process) -> tuple[dict, list[dict]]:
+def evaluate(engine, pairs, similarity, ref_logps, ranked, args: Args, collator) -> tuple[dict, list[dict]]:
     """Metrics over all held-out pairs, and a line per pair. ranked: see common.load_ranked, and their log π_ref."""
 
-    def logps_of(batch: dict) -> torch.Tensor:
+    def logps_of(batch):
         return pair_logps(engine, **collator(batch))  # B 2
 
-    logps = common.over_rows(engine, logps_of, pairs, args, process).T  # 2 n
+    logps = common.over_rows(engine, logps_of, pairs, args).T  # 2 n
     chosen, rejected = args.kl_beta * (logps - ref_logps)  # n, n
     margin, bound = chosen - rejected, bounds_of(similarity, args)  # n, n
     rank_loss = ranking_loss(margin, args.label_smoothing)
     constraint_loss = ranking_loss(bound - margin, args.label_smoothing) if args.constraint != "none" else 0 * margin
     metrics = pair_metrics(*logps, *ref_logps, bound, rank_loss, constraint_loss, args.kl_beta)
     rows, human, ranked_ref = ranked
-    own = (common.over_rows(engine, logps_of, rows, args, process).T - ranked_ref)[0].tolist() if human else []
+    own = (common.over_rows(engine, logps_of, rows, args).T - ranked_ref)[0].tolist() if human else []
     metrics |= common.correlations(margin, similarity, pairs, own, human)
     columns = dict(chosen_reward=chosen, rejected_reward=rejected, margin=margin, similarity=similarity)
     columns |= dict(chosen_logps=logps[0], rejected_logps=logps[1], bound=bound)
@@ -208,24 +208,24 @@ def evaluate(engine, pairs, similarity, ref_logps, ranked, args: Args, collator,
     return metrics, lines
 
 
-def main(args: Args) -> None:
+def main(args: Args):
     process = common.start(args.seed)
-    accumulation = common.accumulation_steps(args, process)
+    accumulation = common.accumulation_steps(args)
     config = common.engine_config(args, accumulation)
     if not args.model:
-        process.print("warning: no --model: this starts from random weights; sft.py makes a model to start from")
-    args.model = args.model or common.on_rank_0(process, common.toy_model, each_machine=True)
+        common.say("warning: no --model: this starts from random weights; sft.py makes a model to start from")
+    args.model = args.model or common.on_rank_0(common.toy_model, each_machine=True)
     args.ref_model = args.ref_model or args.model
     if not args.epochs and args.ref_model == args.model:
-        process.print("warning: the policy is its own reference, so every margin is 0: pass --ref_model")
+        common.say("warning: the policy is its own reference, so every margin is 0: pass --ref_model")
     args.encoder = common.encoder_of(args, start=args.ref_model)
-    output_dir = common.open_output(args, process, OUTPUTS)
+    output_dir = common.open_output(args, OUTPUTS)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
     common.check_tokenizer("--ref_model", args.ref_model, tokenizer, args.trust_remote_code)
 
     settings = {"max_length": args.max_length, "given": args.constraint == "given", "needs_prompt": True}
     encode = functools.partial(common.encode_pair, tokenizer=tokenizer, **settings)
-    train_pairs, eval_pairs = common.load_data(args, encode, process)
+    train_pairs, eval_pairs = common.load_data(args, encode)
     ranked_pairs, human = common.load_ranked(args, encode)
     train_similarity, eval_similarity = (similarities(pairs, args, process) for pairs in (train_pairs, eval_pairs))
     bounds_of(torch.cat([train_similarity, eval_similarity]), args)  # a bad one is refused before the model is loaded
@@ -241,7 +241,7 @@ def main(args: Args) -> None:
         reference = common.load_language_model("--ref_model", args.ref_model, args, tokenizer, config)
         reference = common.make_engine(reference, args, config, 0, process)
 
-    def reference_of(rows) -> torch.Tensor | None:
+    def reference_of(rows):
         return reference_logps(reference, rows, args, collator, process) if rows else None  # 2 n
 
     eval_ref, ranked = reference_of(eval_pairs), (ranked_pairs, human, reference_of(ranked_pairs))
@@ -249,12 +249,12 @@ def main(args: Args) -> None:
     if not args.live_reference:
         del reference  # its memory is free now
     shown = ("loss", "accuracy", "margin_mean", "margin_max", "kl")
-    metrics = common.Metrics(output_dir, process, args, total_steps, shown)
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_pairs, eval_pairs), engine=engine)
-    process.print(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
+    metrics = common.Metrics(args, total_steps, shown)
+    checkpoints = common.Checkpoints(metrics, args, (train_pairs, eval_pairs), engine=engine)
+    common.say(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
 
-    def evaluate_now(step: int) -> list[dict]:
-        values, lines = evaluate(engine, eval_pairs, eval_similarity, eval_ref, ranked, args, collator, process)
+    def evaluate_now(step):
+        values, lines = evaluate(engine, eval_pairs, eval_similarity, eval_ref, ranked, args, collator)
         metrics.write(step, "eval", values)
         return lines
 
@@ -292,13 +292,13 @@ def main(args: Args) -> None:
             checkpoints.step_done(step)
 
     if total_steps:
-        common.save_model(engine, model, tokenizer, output_dir / "model", process)
+        common.save_model(engine, model, tokenizer, output_dir / "model")
         lines = evaluate_now(total_steps)
     if process.rank == 0:
         common.plot_margins(lines, args, output_dir / "margins.png")
         common.write_file(output_dir / "eval.jsonl", "".join(map(common.json_line, lines)))
-    common.answer_prompts(engine, model, tokenizer, eval_pairs, args, process)  # last: the run is finished
-    process.print(f"finished: look at {output_dir}/margins.png and {output_dir}/generations.json")
+    common.answer_prompts(engine, model, tokenizer, eval_pairs, args)  # last: the run is finished
+    common.say(f"finished: look at {output_dir}/margins.png and {output_dir}/generations.json")
 
 
 if __name__ == "__main__":

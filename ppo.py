@@ -108,7 +108,7 @@ def preset(task: str, constraint: str) -> dict:
     return TASKS.get(task, {})
 
 
-# ---------------------------------------------------------------- rewards, advantages, losses
+# -------- rewards, advantages, losses
 
 
 def token_rewards(logps, ref_logps, scores, is_response, kl_coef: float) -> torch.Tensor:
@@ -154,7 +154,7 @@ def moments(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, tor
     return mean.float(), (square - mean.square()).clamp(min=0).float()
 
 
-# ---------------------------------------------------------------- data
+# -------- data
 
 
 @dataclass
@@ -184,14 +184,14 @@ def collate(rollout: Rollout, rows, pad_token_id: int, device: torch.device) -> 
     return common.collate_rows(ids, starts, pad_token_id, device)
 
 
-def micro_batches(rollout: Rollout, rows, args: Args, collator, process: common.Process):
+def micro_batches(rollout: Rollout, rows, args: Args, collator, process):
     """(rows, model inputs) of some of a rollout's rows, like lengths together."""
     rows = sorted(map(int, rows), key=lambda row: len(rollout.prompts[row]) + len(rollout.responses[row]))
     for part in (rows[i : i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)):
         yield torch.tensor(part, device=process.device), collator(rollout, part)
 
 
-# ---------------------------------------------------------------- models and rollout
+# -------- models and rollout
 
 
 def engine_args(args: Args, which: str) -> argparse.Namespace:
@@ -217,7 +217,7 @@ def sample(engine, model, tokenizer, prompts: list[list[int]], seeds: list, args
 
 
 @torch.no_grad()
-def per_token(module, forward, rollout: Rollout, args: Args, collator, process: common.Process) -> torch.Tensor:
+def per_token(module, forward, rollout: Rollout, args: Args, collator, process) -> torch.Tensor:
     """forward(module, **inputs), (N,), for all response tokens: (P, L)."""
     module.eval()
     result = torch.zeros(rollout.is_response.shape, device=process.device)  # P L
@@ -229,7 +229,7 @@ def per_token(module, forward, rollout: Rollout, args: Args, collator, process: 
 
 
 @torch.no_grad()
-def score(scorer, rollout: Rollout, args: Args, collator, process: common.Process) -> torch.Tensor:
+def score(scorer, rollout: Rollout, args: Args, collator, process) -> torch.Tensor:
     """A reward model's scores of all responses, (P,)."""
     result = torch.zeros(len(rollout.responses), device=process.device)
     for rows, inputs in micro_batches(rollout, range(len(result)), args, collator, process):
@@ -278,7 +278,7 @@ def eval_metrics(lines: list[dict], first: list[dict], judged: bool) -> dict[str
     }
 
 
-def plot_steps(path: Path, output: Path) -> None:
+def plot_steps(path: Path, output: Path):
     """Score, KL and response length over the steps."""
     from matplotlib.figure import Figure
 
@@ -296,20 +296,20 @@ def plot_steps(path: Path, output: Path) -> None:
     figure.savefig(output)
 
 
-def main(args: Args) -> None:
+def main(args: Args):
     process = common.start(args.seed)
-    accumulation = common.accumulation_steps(args, process)
+    accumulation = common.accumulation_steps(args)
     policy_args, critic_args = engine_args(args, "policy"), engine_args(args, "critic")
     policy_config = common.engine_config(policy_args, accumulation)
     critic_config = common.engine_config(critic_args, accumulation)
-    output_dir = common.open_output(args, process, OUTPUTS)
+    output_dir = common.open_output(args, OUTPUTS)
 
     tokenizer = common.load_tokenizer(args.policy_model, args.trust_remote_code)
     for flag, path in (("--reward_model", args.reward_model), ("--judge_model", args.judge_model)):
         if path:
             common.check_tokenizer(flag, path, tokenizer, args.trust_remote_code)
     encode = functools.partial(encode_prompt, tokenizer=tokenizer, max_prompt_length=args.max_prompt_length)
-    train_prompts, eval_prompts = common.load_data(args, encode, process)
+    train_prompts, eval_prompts = common.load_data(args, encode)
     eval_prompts = eval_prompts.select(range(min(args.generate, len(eval_prompts))))
     total_steps = common.total_steps(args, len(train_prompts))
     updates = total_steps * args.ppo_epochs * args.minibatches
@@ -317,7 +317,7 @@ def main(args: Args) -> None:
     def language_model():
         return common.load_language_model("--policy_model", args.policy_model, policy_args, tokenizer, policy_config)
 
-    def reward_model(flag: str, path: str, steps: int):
+    def reward_model(flag, path, steps):
         module = common.load_reward_model(flag, path, critic_args, tokenizer, critic_config)
         engine = common.make_engine(module, critic_args, critic_config, steps, process)
         common.check_model(engine, module, critic_args, process)
@@ -332,12 +332,12 @@ def main(args: Args) -> None:
     judge = reward_model("--judge_model", args.judge_model, 0) if args.judge_model else None
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
     log_policy = functools.partial(common.token_logps, temperature=args.temperature)  # what is sampled
-    metrics = common.Metrics(output_dir, process, args, total_steps, shown=("score_mean", "kl"))
+    metrics = common.Metrics(args, total_steps, shown=("score_mean", "kl"))
     rows = (train_prompts, eval_prompts)
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, rows, policy=policy, critic=critic)
-    process.print(f"{total_steps} steps on {len(train_prompts)} prompts, {len(eval_prompts)} held out -> {output_dir}")
+    checkpoints = common.Checkpoints(metrics, args, rows, policy=policy, critic=critic)
+    common.say(f"{total_steps} steps on {len(train_prompts)} prompts, {len(eval_prompts)} held out -> {output_dir}")
 
-    def evaluate_now(step: int, first: list[dict] | None) -> list[dict]:
+    def evaluate_now(step, first):
         if not len(eval_prompts):
             return []
         models = (policy, model, reference, scorer, judge)
@@ -440,14 +440,14 @@ def main(args: Args) -> None:
             }
             state["below_zero"] = state["below_zero"] + 1 if kl.mean() < -1e-3 else 0
             if state["below_zero"] == 5:
-                process.print(f"warning: step {step}: KL below 0 for 5 steps: the samples are not the policy's own")
+                common.say(f"warning: step {step}: KL below 0 for 5 steps: the samples are not the policy's own")
             state["too_far"] = bool(0 < args.max_kl < kl.mean())
             if metrics.add(step, values, last=state["too_far"], prompts=len(batch)):
                 first = [rollout.prompts[0], rollout.responses[0]]
                 prompt, answer = tokenizer.batch_decode(first, skip_special_tokens=True)
-                process.print(f"sample: {prompt!r} -> {answer!r} (score {scores[0]:.2f})")
+                common.say(f"sample: {prompt!r} -> {answer!r} (score {scores[0]:.2f})")
             if state["too_far"]:
-                process.print(f"stopped at step {step}: the KL is above --max_kl {args.max_kl:g}")
+                common.say(f"stopped at step {step}: the KL is above --max_kl {args.max_kl:g}")
             elif args.eval_every and step % args.eval_every == 0 and step < total_steps:
                 evaluate_now(step, state["first_lines"])
             checkpoints.step_done(step, **state)
@@ -455,12 +455,12 @@ def main(args: Args) -> None:
                 break
 
     if step:
-        common.save_model(policy, model, tokenizer, output_dir / "model", process)
+        common.save_model(policy, model, tokenizer, output_dir / "model")
         lines = evaluate_now(step, state["first_lines"])
     if process.rank == 0:
         plot_steps(output_dir / "metrics.jsonl", output_dir / "ppo.png")
-    common.write_generations([(line["instruction"], line["answer"]) for line in lines], args, process)  # last: finished
-    process.print(f"finished: look at {output_dir}/ppo.png and {output_dir}/generations.json")
+    common.write_generations([(line["instruction"], line["answer"]) for line in lines], args)  # last: finished
+    common.say(f"finished: look at {output_dir}/ppo.png and {output_dir}/generations.json")
 
 
 if __name__ == "__main__":

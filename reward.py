@@ -107,7 +107,7 @@ def preset(task: str, constraint: str) -> dict:
     return TASKS.get(task, {}) | BETAS.get((task, constraint), {})
 
 
-# ---------------------------------------------------------------- data
+# -------- data
 
 
 def collate(batch: dict, pad_token_id: int, share_prefix: bool, dtype, device, loss_on: str = "last") -> tuple:
@@ -129,17 +129,17 @@ def collate(batch: dict, pad_token_id: int, share_prefix: bool, dtype, device, l
     return inputs, (torch.arange(count, device=device) < lengths) / lengths
 
 
-# ---------------------------------------------------------------- prior
+# -------- prior
 
 
-def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
+def similarities(pairs, args: Args, process) -> torch.Tensor:
     """How alike the responses of each pair are, (n,) in (0, 1]: once, before training, cached on disk by content."""
     if args.constraint == "given":
         return torch.tensor(common.column(pairs, "similarity")).float()
     if args.constraint != "cos_sim" or not len(pairs):  # for none and the controls a diagnostic
         return length_ratio(*(torch.tensor(common.column(pairs, f"{side}_length")) for side in ("chosen", "rejected")))
 
-    def compute() -> torch.Tensor:
+    def compute():
         mine = pairs[range(process.rank, len(pairs), process.world_size)]
         texts = [p + text for p, *both in zip(mine["prompt"], mine["chosen"], mine["rejected"]) for text in both]
         progress = functools.partial(tqdm, desc="similarity", unit="batch", mininterval=2, disable=process.rank > 0)
@@ -149,7 +149,7 @@ def similarities(pairs, args: Args, process: common.Process) -> torch.Tensor:
 
     with common.naming(f"encoder {args.encoder}"):
         content = [common.model_version(args.encoder), args.encoder_pooling, pairs._fingerprint]
-        return common.cached("similarity", content, compute, process)
+        return common.cached("similarity", content, compute)
 
 
 def bounds_of(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Tensor:
@@ -163,7 +163,7 @@ def bounds_of(similarity: torch.Tensor, args: Args, epoch: int = 0) -> torch.Ten
     return bound[np.random.default_rng(args.seed).permutation(len(bound))] if args.shuffle_bounds else bound
 
 
-# ---------------------------------------------------------------- metrics
+# -------- metrics
 
 
 def pair_metrics(chosen, rejected, rank_loss, constraint_loss, bound) -> dict[str, float]:
@@ -176,37 +176,37 @@ def pair_metrics(chosen, rejected, rank_loss, constraint_loss, bound) -> dict[st
     }
 
 
-def evaluate(engine, pairs, similarity, ranked, args: Args, collator, process) -> tuple[dict, list[dict]]:
+def evaluate(engine, pairs, similarity, ranked, args: Args, collator) -> tuple[dict, list[dict]]:
     """Metrics over all held-out pairs, and a line per pair. ranked: see common.load_ranked."""
 
-    def scores(batch: dict) -> torch.Tensor:
+    def scores(batch):
         return engine(**collator(batch)[0]).logits.view(-1, 2)  # B 2
 
-    chosen, rejected = common.over_rows(engine, scores, pairs, args, process).T  # n, n
+    chosen, rejected = common.over_rows(engine, scores, pairs, args).T  # n, n
     margin, bound = chosen - rejected, bounds_of(similarity, args)  # n, n
     rank_loss = ranking_loss(margin)
     constraint_loss = ranking_loss(bound - margin) if args.constraint != "none" else 0 * margin
     metrics = pair_metrics(chosen, rejected, rank_loss, constraint_loss, bound)
     rows, human = ranked
-    own = common.over_rows(engine, scores, rows, args, process)[:, 0].tolist() if human else []
+    own = common.over_rows(engine, scores, rows, args)[:, 0].tolist() if human else []
     metrics |= common.correlations(margin, similarity, pairs, own, human)
     columns = dict(chosen_score=chosen, rejected_score=rejected, margin=margin, similarity=similarity, bound=bound)
     lines = [dict(zip(columns, values)) for values in zip(*(column.tolist() for column in columns.values()))]
     return metrics, lines
 
 
-def main(args: Args) -> None:
+def main(args: Args):
     process = common.start(args.seed)
-    accumulation = common.accumulation_steps(args, process)
+    accumulation = common.accumulation_steps(args)
     config = common.engine_config(args, accumulation)
-    args.model = args.model or common.on_rank_0(process, common.toy_model, each_machine=True)
+    args.model = args.model or common.on_rank_0(common.toy_model, each_machine=True)
     args.encoder = common.encoder_of(args, start=args.model)
-    output_dir = common.open_output(args, process, OUTPUTS)
+    output_dir = common.open_output(args, OUTPUTS)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
 
     settings = {"max_length": args.max_length, "given": args.constraint == "given"}
     encode = functools.partial(common.encode_pair, tokenizer=tokenizer, **settings)
-    train_pairs, eval_pairs = common.load_data(args, encode, process)
+    train_pairs, eval_pairs = common.load_data(args, encode)
     ranked = common.load_ranked(args, encode)
     train_similarity, eval_similarity = (similarities(pairs, args, process) for pairs in (train_pairs, eval_pairs))
     bounds_of(torch.cat([train_similarity, eval_similarity]), args)  # a bad one is refused before the model is loaded
@@ -218,12 +218,12 @@ def main(args: Args) -> None:
     options = {"share_prefix": share_prefix, "dtype": model.dtype, "device": process.device}
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, **options)
     shown = ("loss", "accuracy", "margin_mean", "margin_max")
-    metrics = common.Metrics(output_dir, process, args, total_steps, shown)
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_pairs, eval_pairs), engine=engine)
-    process.print(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
+    metrics = common.Metrics(args, total_steps, shown)
+    checkpoints = common.Checkpoints(metrics, args, (train_pairs, eval_pairs), engine=engine)
+    common.say(f"{total_steps} steps on {len(train_pairs)} pairs, {len(eval_pairs)} held out -> {output_dir}")
 
-    def evaluate_now(step: int) -> list[dict]:
-        values, lines = evaluate(engine, eval_pairs, eval_similarity, ranked, args, collator, process)
+    def evaluate_now(step):
+        values, lines = evaluate(engine, eval_pairs, eval_similarity, ranked, args, collator)
         metrics.write(step, "eval", values)
         return lines
 
@@ -259,12 +259,12 @@ def main(args: Args) -> None:
             checkpoints.step_done(step)
 
     if total_steps:
-        common.save_model(engine, model.classifier, tokenizer, output_dir / "model", process)
+        common.save_model(engine, model.classifier, tokenizer, output_dir / "model")
         lines = evaluate_now(total_steps)
     if process.rank == 0:
         common.plot_margins(lines, args, output_dir / "margins.png")
         common.write_file(output_dir / "eval.jsonl", "".join(map(common.json_line, lines)))  # last: the run is finished
-    process.print(f"finished: look at {output_dir}/margins.png")
+    common.say(f"finished: look at {output_dir}/margins.png")
 
 
 if __name__ == "__main__":

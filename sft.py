@@ -82,7 +82,7 @@ def preset(task: str, constraint: str) -> dict:
     return TASKS.get(task, {})
 
 
-# ---------------------------------------------------------------- data
+# -------- data
 
 
 def encode_row(row: dict, tokenizer, max_length: int, train_on_prompt: bool) -> dict:
@@ -103,17 +103,17 @@ def collate(batch: dict[str, list], pad_token_id: int, device: torch.device) -> 
     return common.collate_rows(batch["ids"], batch["start"], pad_token_id, device)
 
 
-# ---------------------------------------------------------------- metrics
+# -------- metrics
 
 
-def evaluate(engine, rows, args: Args, collator, process: common.Process) -> dict[str, float]:
+def evaluate(engine, rows, args: Args, collator) -> dict[str, float]:
     """The loss over all held-out tokens under it, on all ranks."""
 
-    def row_losses(batch: dict) -> torch.Tensor:
+    def row_losses(batch):
         logps = common.token_logps(engine, **collator(batch)).split(batch["under_loss"])  # of each row
         return -torch.stack([row.sum() for row in logps])[:, None]  # R 1
 
-    losses = common.over_rows(engine, row_losses, rows, args, process)  # n 1
+    losses = common.over_rows(engine, row_losses, rows, args)  # n 1
     return with_perplexity(losses.double().sum().item() / common.column(rows, "under_loss").sum())
 
 
@@ -121,29 +121,29 @@ def with_perplexity(loss: float) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
 
 
-def main(args: Args) -> None:
+def main(args: Args):
     process = common.start(args.seed)
-    accumulation = common.accumulation_steps(args, process)
+    accumulation = common.accumulation_steps(args)
     config = common.engine_config(args, accumulation)
-    args.model = args.model or common.on_rank_0(process, common.toy_model, each_machine=True)
-    output_dir = common.open_output(args, process, OUTPUTS)
+    args.model = args.model or common.on_rank_0(common.toy_model, each_machine=True)
+    output_dir = common.open_output(args, OUTPUTS)
     tokenizer = common.load_tokenizer(args.model, args.trust_remote_code)
 
     settings = {"max_length": args.max_length, "train_on_prompt": args.train_on_prompt}
     encode = functools.partial(encode_row, tokenizer=tokenizer, **settings)
-    train_rows, eval_rows = common.load_data(args, encode, process)
+    train_rows, eval_rows = common.load_data(args, encode)
     total_steps = common.total_steps(args, len(train_rows))
 
     model = common.load_language_model("--model", args.model, args, tokenizer, config)
     engine = common.make_engine(model, args, config, total_steps, process)
     common.check_model(engine, model, args, process)
     collator = functools.partial(collate, pad_token_id=tokenizer.pad_token_id, device=process.device)
-    metrics = common.Metrics(output_dir, process, args, total_steps, ("loss", "perplexity"))
-    checkpoints = common.Checkpoints(output_dir, metrics, args, process, (train_rows, eval_rows), engine=engine)
-    process.print(f"{total_steps} steps on {len(train_rows)} rows, {len(eval_rows)} held out -> {output_dir}")
+    metrics = common.Metrics(args, total_steps, ("loss", "perplexity"))
+    checkpoints = common.Checkpoints(metrics, args, (train_rows, eval_rows), engine=engine)
+    common.say(f"{total_steps} steps on {len(train_rows)} rows, {len(eval_rows)} held out -> {output_dir}")
 
-    def evaluate_now(step: int) -> None:
-        metrics.write(step, "eval", evaluate(engine, eval_rows, args, collator, process))
+    def evaluate_now(step):
+        metrics.write(step, "eval", evaluate(engine, eval_rows, args, collator))
 
     if not checkpoints.step:
         evaluate_now(0)
@@ -172,10 +172,10 @@ def main(args: Args) -> None:
             checkpoints.step_done(step)
 
     if total_steps:
-        common.save_model(engine, model, tokenizer, output_dir / "model", process)
+        common.save_model(engine, model, tokenizer, output_dir / "model")
         evaluate_now(total_steps)
-    common.answer_prompts(engine, model, tokenizer, eval_rows, args, process)  # last: the run is finished
-    process.print(f"finished: look at {output_dir}/generations.json")
+    common.answer_prompts(engine, model, tokenizer, eval_rows, args)  # last: the run is finished
+    common.say(f"finished: look at {output_dir}/generations.json")
 
 
 if __name__ == "__main__":

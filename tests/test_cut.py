@@ -212,11 +212,12 @@ def left(work) -> Path:
 
 def two_ranks(folder: str) -> None:
     """All that two ranks do, in one start of the launcher."""
-    process, work = common.start(0), Path(folder)
+    common.start(0)
+    work = Path(folder)
 
     for fault, kinds in ((FULL_DISK, (OSError, common.InputError)), (functools.partial(sys.exit, 7), SystemExit)):
         with pytest.raises(kinds, match="No space|7"):
-            common.on_rank_0(process, fault)
+            common.on_rank_0(fault)
     with before(Path, "rename", "step-4.part ", FULL_DISK), NO_ROOM:  # only rank 0 renames
         train(REWARD_2, work, work / "two")
     cut_everywhere(REWARD_2, work)

@@ -362,15 +362,15 @@ def test_rows_are_kept(process, toy, tmp_path, capsys, monkeypatch):
         """How many rows had to be encoded."""
         encoded.clear()
         encode = functools.partial(encode_row, tokenizer=load(tmp_path / model), max_length=max_length)
-        assert common.load_rows("--dataset", str(name), "train", encode, process)["chosen"] == ["a", "b"]
+        assert common.load_rows("--dataset", str(name), "train", encode)["chosen"] == ["a", "b"]
         return len(encoded)
 
     columns = "instruction, output_1, output_2, preference; not read: note, output, split\n"
-    for name, number, said in ((file, 3, "; dropped 1: 1 tie"), (f"{file}:train", 2, "")):
+    for name, number, said in ((file, 3, "; dropped: 1 tie"), (f"{file}:train", 2, "")):
         for again in (number, 0):
             capsys.readouterr()
             assert made(name) == again
-            assert capsys.readouterr().out == f"--dataset: 2 rows{said}; columns {columns}"
+            assert capsys.readouterr().out == f"--dataset: 2 rows{said}; columns: {columns}"
     (tmp_path / "linked").symlink_to(home)
     shutil.copytree(home, tmp_path / "moved")
     for elsewhere in ("home", "linked", "linked/train.jsonl", "moved/train.jsonl"):
@@ -390,7 +390,7 @@ def test_columns_that_would_not_be_read(process, tokenizer, tmp_path):
         for row in (PAIR, {"chosen": "a", "rejected": "b"}):
             file = rows_file(tmp_path, row | {name: ""}, row | {name: "Go"})
             with pytest.raises(common.InputError, match=f"--dataset {file}: row 2: .*'{name}' would not .* rename it"):
-                common.load_rows("--dataset", file, "train", encode, process)
+                common.load_rows("--dataset", file, "train", encode)
 
 
 OTHERS, SEVEN_EACH = [f"Question {i}" for i in range(20)], [f"Question {i % 30}" for i in range(210)]
@@ -405,7 +405,7 @@ def test_held_out_prompts(process, monkeypatch, prompts, held_out):
 
     def split(seed: int, epochs: int = 1) -> list:
         args = SimpleNamespace(dataset="d", eval_dataset="", epochs=epochs, seed=seed)
-        return [part.to_list() for part in common.load_data(args, None, process)]
+        return [part.to_list() for part in common.load_data(args, None)]
 
     if held_out is None:
         with pytest.raises(common.InputError, match="--dataset d: .* pass --eval_dataset"):

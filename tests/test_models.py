@@ -14,7 +14,7 @@ import transformers
 import reward
 
 SMALL = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-SMALL |= dict(num_key_value_heads=4, max_position_embeddings=48, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SMALL |= dict(num_key_value_heads=4, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 SMALL |= dict(initializer_range=0.1)
 CAUSAL, SCORER = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
 
@@ -110,19 +110,19 @@ BIAS, HEAD = {"score.bias": torch.zeros(1)}, {"v_head.summary.weight": torch.zer
     "what, kind, values, weights, message",
     [
         ("language", "llama", dict(tokens=("<new>",)), {}, "512 embeddings, but token 512 is '<new>'"),
-        ("language", "gpt2", {}, {}, "48 learned positions"),
-        ("new", "opt", dict(word_embed_proj_dim=32), {}, "48 learned positions"),  # its table has 50 rows
+        ("language", "gpt2", dict(max_position_embeddings=48), {}, "48 positions"),
+        ("language", "llama", dict(max_position_embeddings=48), {}, "48 positions"),
         ("language", "llama", ONE, {}, "no language model: missing .*score.weight"),
         ("language", "llama", {}, {DOWN: None}, f"missing .*{DOWN}"),
         ("new", "llama", {}, {DOWN: None}, f"missing .*{DOWN}"),
         ("language", "llama", {}, {"model.norm.weight": torch.ones(40)}, r"norm.weight has the shape \(40,\)"),
         ("reward", "llama", TWO, {}, r"score.weight has the shape \(2, 32\)"),
         ("new", "llama", TWO, {}, r"score.weight has the shape \(2, 32\)"),
-        ("reward", "llama", {}, {}, "no reward model"),
+        ("reward", "llama", {}, {}, "no decoder with a `score` head"),
         ("reward", "llama", ONE, BIAS, "'score.bias'.* would not be used"),
         ("reward", "llama", ONE, HEAD, "'v_head.summary.weight'.* would not be used"),
         ("new", "llama", ONE | dict(auto=CAUSAL), HEAD, "'v_head.summary.weight'.* would not be used"),
-        ("new", "bert", dict(max_position_embeddings=64), {}, "not a decoder with a `score` head"),
+        ("new", "bert", dict(max_position_embeddings=64), {}, "no decoder with a `score` head"),
         ("language", "llama", dict(file="adapter_config.json"), {}, "adapter_config.json: an adapter is not read"),
     ],
 )
@@ -139,8 +139,8 @@ def test_models_that_would_be_read_wrongly_are_refused(save, what, kind, values,
 
 def test_what_is_no_fault(save, monkeypatch):
     """What a language model has beside its body: its own head, GPT-NeoX's under its name on disk, and what its class
-    ignores, as heads for several tokens. A Llama's 48 positions, which are rotary, and a table that rows fit into."""
-    assert load(save(build())) and load(save(build("gpt2")), max_length=48)
+    ignores, as heads for several tokens. Positions that rows fit into."""
+    assert load(save(build("gpt2", max_position_embeddings=48)), max_length=48)
     for kind in ("llama", "gpt_neox"):
         assert load(save(build(kind, tie_word_embeddings=False)), "new").classifier.score.weight.std() > 0
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
@@ -164,12 +164,10 @@ def test_code_of_a_model_runs_only_when_asked(save, tmp_path, monkeypatch):
 
 
 def test_a_new_head_is_drawn_from_the_seed_and_said(save, capsys):
-    """With the deviation of the model's other weights, which OPT calls init_std: here 0.5, of 256 numbers, so within 15
-    % of it (3.4 standard errors). A head that is there stays, in silence."""
-    sizes = dict(hidden_size=256, word_embed_proj_dim=256, ffn_dim=64, max_position_embeddings=64, init_std=0.5)
-    sizes |= dict(initializer_range=None)
-    for model, expected in ((build("opt", **sizes), 0.5), (build(hidden_size=256), 0.1)):
-        path = save(model)
+    """With the deviation of the model's other weights: 256 numbers, so within 15 % of it (3.4 standard errors). A head
+    that is there stays, in silence."""
+    for expected in (0.5, 0.1):
+        path = save(build(hidden_size=256, initializer_range=expected))
         first, again, other = (load(path, "new", seed=seed).classifier for seed in (1, 1, 2))
         assert capsys.readouterr().out == "score head: new, drawn from --seed\n" * 3
         assert torch.equal(first.score.weight, again.score.weight)
@@ -182,10 +180,10 @@ def test_a_new_head_is_drawn_from_the_seed_and_said(save, capsys):
 def test_nothing_is_random_in_training(save):
     """Dropping and jittering are off; other numbers and switches stay."""
     values = dict(resid_pdrop=0.5, router_jitter_noise=0.5, drop_last=True, layer_norm_epsilon=0.125)
-    config = load(save(build("gpt2", max_position_embeddings=64, **values))).config
+    config = load(save(build("gpt2", **values))).config
     assert config.resid_pdrop == config.router_jitter_noise == 0 and config.drop_last is True
     assert config.layer_norm_epsilon == 0.125
-    model, ids = load(save(build("gpt2", max_position_embeddings=64, embd_pdrop=0.5))).train(), torch.arange(9)[None]
+    model, ids = load(save(build("gpt2", embd_pdrop=0.5))).train(), torch.arange(9)[None]
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
