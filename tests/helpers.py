@@ -28,5 +28,6 @@ def launch(script: str, ranks: int, *argv: str) -> subprocess.CompletedProcess:
     # Without what common.start() has set in this process.
     own = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in own}
-    command = [*launcher, str(ROOT / script), *argv]
+    # The whole tree ends where a rank waits for one that does not come: torch would let it wait for two hours.
+    command = ["timeout", "300", *launcher, str(ROOT / script), *argv]
     return subprocess.run(command, capture_output=True, text=True, env=environment)

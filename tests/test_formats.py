@@ -308,7 +308,7 @@ def written(path, rows: list[dict]):
         writer.writerows(rows)
     else:
         dump = functools.partial(json.dumps, ensure_ascii=False)
-        text.write(dump(rows, indent=1) if ".json" in path.suffixes else "\n".join(map(dump, rows)))
+        text.write(dump(rows, indent=1) if ".json" in path.suffixes else "\r\n\n  ".join(map(dump, rows)))
     with pyarrow.output_stream(str(path), compression="detect") as stream:
         stream.write(text.getvalue().encode("utf-8-sig"))
     return path

@@ -158,11 +158,23 @@ def test_a_cache_that_cannot_be_written(run, folder, toy, tmp_path, monkeypatch)
 
 
 def test_what_the_shell_sees(toy, tmp_path):
-    """Status 1 and one last line on stderr: for a mistake, and where the reader of the output has gone (| head -1)."""
+    """Status 1 and one last line on stderr: for a mistake, and where the reader of the output has gone (| head -1). One
+    process needs no other, wherever a job or torchrun says that a store is."""
     environment = {name: value for name, value in os.environ.items() if not re.search("RANK|WORLD|MASTER", name)}
+    environment |= {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     runs = []
     for argv in (["--max_steps", "-1"], ["--model", toy, "--max_steps", "100000", "--epochs", "9999"]):
-        command = [sys.executable, str(ROOT / "sft.py"), "--log_every", "1", *argv, "--output_dir", str(tmp_path / "o")]
+        command = [
+            "timeout",
+            "100",
+            sys.executable,
+            str(ROOT / "sft.py"),
+            "--log_every",
+            "1",
+            *argv,
+            "--output_dir",
+            str(tmp_path / "o"),
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         runs.append(subprocess.Popen(command, text=True, env=environment, **pipes))
     runs[1].stdout.readline()

@@ -250,6 +250,13 @@ def check(loop: Loop, data: dict[str, str], out: Path) -> None:
         assert error < 1e-3 * moved, (name, error, moved)
 
 
+def test_values_past_the_end_count_for_nothing():
+    """γ = λ = 0.5, rewards 0 3, values 1 2. Last token: 3 - 2 = 1. First: 0 + 0.5 · 2 - 1 + 0.25 · 1 = 0.25."""
+    values, is_response = torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[True, True, False]])
+    found = ppo.advantages_and_returns(torch.tensor([[0.0, 3.0, 0.0]]), values, is_response, 0.5, 0.5)
+    assert [part.tolist() for part in found] == [[[0.25, 1, 0]], [[1.25, 3, 0]]]
+
+
 def test_a_run_is_that_of_a_plain_loop(run, data, tmp_path):
     """On one rank. What can go wrong must be there: answers of all lengths that end, and that do not; scores and tokens
     of both kinds, clipped and not; gradients that are clipped."""
