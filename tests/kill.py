@@ -185,7 +185,7 @@ def is_rate(name: str) -> bool:
 
 
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each of TensorBoard's scalars, without times and rates. Cut at the end, the last comes twice."""
+    """(step, value) of TensorBoard's scalars, without times, rates, and repeats of the last that late cuts leave."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it would say that a run was resumed
@@ -193,7 +193,10 @@ def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events.Reload()
     tags = [tag for tag in sorted(events.Tags()["scalars"]) if not is_rate(tag)]
     points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
-    return {tag: each[:-1] if each[-2:-1] == each[-1:] else each for tag, each in points.items()}
+    for each in points.values():
+        while len(each) > 1 and each[-2] == each[-1]:
+            each.pop()
+    return points
 
 
 def differences(folder: Path, whole: Path) -> list[str]:
