@@ -137,7 +137,7 @@ def run(main, args_class, preset):
         status = 130
     except Exception as error:
         status = 1
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends the sleep
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's ends the sleep
         known = isinstance(error, InputError | OSError)
         lost = not known and re.search(r"(?i)by peer|broken pipe|gloo|nccl", str(error))
         time.sleep(10 * (os.environ.get("RANK", "0") != "0") + 10 * bool(lost))  # first the rank that knows why
@@ -936,8 +936,7 @@ def encoder_of(args, start: str) -> str:
 
 
 def load_model(auto_class, flag: str, path: str, args, tokenizer, engine_config: dict, **values):
-    """`auto_class.from_pretrained(path)` without dropout, and transformers' loading information (`missing_keys` are
-    new)."""
+    """`auto_class.from_pretrained(path)` without dropout, and its loading information (`missing_keys` are new)."""
     # While this object lives, from_pretrained shards what it loads.
     sharding = transformers.integrations.HfDeepSpeedConfig(engine_config) if args.zero_stage == 3 else None
     with naming(f"{flag} {path}"):

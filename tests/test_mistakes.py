@@ -164,17 +164,8 @@ def test_what_the_shell_sees(toy, tmp_path):
     environment |= {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     runs = []
     for argv in (["--max_steps", "-1"], ["--model", toy, "--max_steps", "100000", "--epochs", "9999"]):
-        command = [
-            "timeout",
-            "100",
-            sys.executable,
-            str(ROOT / "sft.py"),
-            "--log_every",
-            "1",
-            *argv,
-            "--output_dir",
-            str(tmp_path / "o"),
-        ]
+        script = ["timeout", "100", sys.executable, str(ROOT / "sft.py")]
+        command = [*script, "--log_every", "1", *argv, "--output_dir", str(tmp_path / "o")]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         runs.append(subprocess.Popen(command, text=True, env=environment, **pipes))
     runs[1].stdout.readline()
