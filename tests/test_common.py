@@ -357,16 +357,17 @@ TORCHRUN = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4", 
         (MPI | dict(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1"), "1212", "127.0.0.1", 4),  # mpirun within sbatch
         (TORCHRUN | SLURM, "5814", "a", 2),
         (TORCHRUN | dict(LOCAL_SIZE="1"), "5814", "a", 8),  # the deepspeed launcher's
+        (TORCHRUN | dict(OMP_NUM_THREADS="3"), "5814", "a", None),  # the user's, or of --bind_cores_to_rank
     ],
 )
 def test_ranks_and_threads_under_every_launcher(process, monkeypatch, given, expected, address, threads):
-    """Ranks of one machine share its cores, here 8."""
+    """Ranks of one machine share its cores, here 8, unless the user says how many each has."""
     found = []
     monkeypatch.setattr(os, "environ", dict(given))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     started = common.start(0)
-    assert "".join(os.environ[name] for name in list(TORCHRUN)[:4]) == expected and found == [threads]
+    assert "".join(os.environ[name] for name in list(TORCHRUN)[:4]) == expected and found == [threads] * bool(threads)
     assert f"{started.rank}{started.world_size}" == expected[:2] and os.environ.get("MASTER_ADDR") == address
 
 
