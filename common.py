@@ -53,8 +53,9 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # a correlation or mean of nothing is NaN
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
 NO_LABEL, MAX_GRAD_NORM = -100, 1.0
-# What --resume does not compare; of data it compares the rows.
+# Flags that --resume does not compare. Of models and data it compares the content.
 FREE = "dataset eval_dataset ranked_dataset resume overwrite output_dir save_every keep log_every eval_every local_rank"
+FREE += " model policy_model reward_model ref_model judge_model encoder"
 
 
 class InputError(Exception):
@@ -316,6 +317,9 @@ def open_output(args, outputs: tuple[str, ...]) -> Path:
         what = "a finished run" if finished else "checkpoints of a run" if whole(folder) else ""
         if what and not args.resume and not args.overwrite:
             raise InputError(f"--output_dir {folder} holds {what}: choose another, or pass --resume or --overwrite")
+        for name in [name for name in theirs if what and args.resume and name not in FREE.split()]:
+            if (now := vars(args)[name]) != (then := theirs[name]):
+                raise InputError(f"--resume: --{name} is {now}, but was {then} in {folder}")
         if args.resume and finished:
             say(f"{folder} holds this run, finished")
             sys.exit(0)
@@ -349,10 +353,10 @@ class Checkpoints:
         self.step, self.state, self.signal = 0, {}, 0
 
         def read():  # now: files may change while the run goes on
-            flags = {f"--{name}": value for name, value in vars(args).items() if name not in FREE.split()}
-            models = {name: model_version(v) for name, v in flags.items() if v and name.endswith(("model", "encoder"))}
+            paths = {f"--{name}": path for name, path in vars(args).items() if name.endswith(("model", "encoder"))}
+            models = {name: path and model_version(path) for name, path in paths.items()}
             files = [digest(file["filename"] for file in part.cache_files) for part in rows]
-            same = flags | models | {"the rows": files, "the number of ranks": dist.get_world_size()}
+            same = models | {"the rows": files, "the number of ranks": dist.get_world_size()}
             newest = next(reversed(whole(self.folder)), None)
             return same, newest, newest and json.loads((newest / "state.json").read_text())
 
@@ -407,7 +411,9 @@ class Checkpoints:
 # -------- rows
 
 DATA_FILE = re.compile(r"\.((json|jsonl|ndjson|csv)(\.(gz|bz2|zst))?|parquet)$")
-ASKING = "question", "query", "input", "system", "history", "context", "(no heading)"  # are never left out in silence
+# Columns that are never left out in silence, the second where none of them is read.
+ASKING = "question", "query", "input", "system", "history", "context", "(no heading)"
+PROMPTS = "prompt", "instruction", "messages", "post"
 
 
 def find_rows(name: str, split: str):
@@ -484,8 +490,9 @@ def encoded(rows, encode, notes: Path):
             except Unusable as error:
                 dropped[str(error)] += 1
                 continue
-            left = {name for name in columns.keys() - row.read if columns[name]}
-            if asking := left.intersection(ASKING):
+            names = ASKING + PROMPTS * row.read.isdisjoint(PROMPTS)
+            asking = [name for name in columns if name not in row.read and columns[name] and name.lower() in names]
+            if asking:
                 raise ValueError(f"column {min(asking)!r} would not be read: rename it to prompt, join or remove it")
         read, every = read | row.read, every | columns.keys()
         # Lists as arrays, since one without elements has no type.
@@ -556,6 +563,8 @@ def load_ranked(args, encode) -> tuple:
                 partners = zip(responses, responses[1:] + responses[:1]) if len(responses) > 2 else ()
                 own = [encode(same | {"chosen": a, "rejected": b}) for a, b in partners]
                 pairs, human = pairs + own, human + [scores] * bool(own)
+    if args.ranked_dataset:
+        say(f"--ranked_dataset: {len(human)} prompts")
     return datasets.Dataset.from_list(pairs) if pairs else None, human
 
 
@@ -588,11 +597,11 @@ def read_example(row: dict, tokenizer, kind: str) -> dict:
         raise Unusable("missing text")
     if any(isinstance(part, list) for part in (prompt, *answers)):
         return read_turns(prompt, answers, row.get("tools"), tokenizer, kind)
-    if not all(answer.strip() for answer in answers):
-        raise Unusable("empty response")
     if prompt is None:  # it is what the answers begin with, to the last turn or word within
         prompt = re.search(r"(?s)(.*\n\nAssistant:|.*\s|)", os.path.commonprefix(answers))[0].removesuffix(" ")
         answers = [answer.removeprefix(prompt) for answer in answers]  # with the blank before a word
+    if not all(answer.strip() for answer in answers):
+        raise Unusable("empty response")
     before, eos = beginning(tokenizer), [tokenizer.eos_token_id]
     ids, *answer_ids = tokenizer([prompt, *answers], add_special_tokens=False).input_ids
     return {
@@ -905,7 +914,9 @@ def load_tokenizer(path: str, trust_remote_code: bool):
     """The model's tokenizer, with EOS and a padding token that is not EOS: the last token that is not padding has the
     score. Where it has none, an unused special token serves (Llama-2: <unk>)."""
     with naming(f"tokenizer {path}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        remote = {"trust_remote_code": trust_remote_code}
+        transformers.AutoConfig.from_pretrained(path, **remote)  # says so where a folder has no model
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **remote)
         if tokenizer.eos_token_id is None:
             raise ValueError("no EOS token, which ends every response")
         taken = {tokenizer.eos_token, tokenizer.bos_token, None}

@@ -61,7 +61,7 @@ class Args:
     cliprange: float = 0.2  # ε of the policy loss.
     cliprange_value: float = 0.2  # ε of the value loss.
     ppo_epochs: int = 1  # Passes over the responses of a step.
-    minibatches: int = 1  # Parts of a step's responses, each an optimizer step of both engines.
+    minibatches: int = 1  # Parts of each rank's responses, drawn anew; for each one optimizer step of both engines.
     temperature: float = 1.0  # Of sampling; log-probabilities are those of the distribution that is sampled.
     generate: int = 48  # Held-out prompts that are answered before and after training, into generations.json; 0: none.
 

@@ -153,7 +153,7 @@ def constrained_ranking_loss(
     return ranking_loss(margin, label_smoothing) + ranking_loss(bound.detach() - margin, label_smoothing)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_texts(
     texts: list[str],
     encoder: str,

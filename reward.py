@@ -112,21 +112,21 @@ def preset(task: str, constraint: str) -> dict:
 
 def collate(batch: dict, pad_token_id: int, share_prefix: bool, dtype, device, loss_on: str = "last") -> tuple:
     """Inputs for B pairs (see common.collate_pairs), and each position's share in its pair's loss, (B, K). The head
-    sees K positions of each response: the last token, EOS (K = 1); with loss_on "token" all from the first that differs
-    to the end of the longer one. The shorter one goes on with the scores at its padding, which no token sees."""
+    sees K positions of each response: the last token, EOS (K = 1); with loss_on "token" all of its row (K = T), where
+    those from the first that differs to the end of the longer response have equal shares and the others none. The
+    shorter response goes on with the scores at its padding, which no token sees."""
     if loss_on == "last":
         inputs, labels, branch, _ = common.collate_pairs(batch, pad_token_id, share_prefix, dtype, device)
         inputs["logits_to_keep"] = (labels == common.NO_LABEL) & (branch >= 0)  # R T, 2 B of them True
         return inputs, torch.ones(len(batch["prefix"]), 1, device=device)
-    lengths = torch.tensor([batch["chosen_length"], batch["rejected_length"]], device=device).amax(0)[:, None]  # B 1
-    count, pairs = int(lengths.max()), zip(batch["prefix"], batch["chosen_ids"], batch["rejected_ids"])  # count: K
-    rows = [(prefix, ids, prefix + count - len(ids)) for prefix, *both in pairs for ids in both]
-    inputs = {
-        "input_ids": common.padded([ids + [pad_token_id] * room for _, ids, room in rows], pad_token_id, device),
-        "attention_mask": common.padded([[1] * len(ids) + [0] * room for _, ids, room in rows], 0, device),
-        "logits_to_keep": common.padded([[False] * prefix + [True] * count for prefix, *_ in rows], False, device),
-    }  # 2B T each
-    return inputs, (torch.arange(count, device=device) < lengths) / lengths
+    rows = [ids for pair in zip(batch["chosen_ids"], batch["rejected_ids"]) for ids in pair]
+    ids = common.padded(rows, pad_token_id, device)  # 2B T
+    is_text = common.padded([[1] * len(row) for row in rows], 0, device)  # 2B T
+    inputs = {"input_ids": ids, "attention_mask": is_text, "logits_to_keep": torch.ones_like(ids, dtype=torch.bool)}
+    start = torch.tensor(batch["prefix"], device=device)[:, None]  # B 1
+    ends = is_text.sum(1).view(-1, 2).amax(1)[:, None]  # B 1
+    places = torch.arange(ids.shape[1], device=device)  # T
+    return inputs, ((places >= start) & (places < ends)) / (ends - start)
 
 
 # -------- prior

@@ -92,6 +92,15 @@ def test_each_token_once_from_its_own_context_and_position(share):
     assert shared > 100 if share else shared == 0
 
 
+def test_the_token_loss_is_on_what_differs():
+    """Rows of chosen and rejected are as wide as the longest; equal shares from the fork to the longer one's end."""
+    columns = dict(chosen_ids=[[1, 2, 3], [4, 5]], rejected_ids=[[1, 2, 6, 7], [8, 5]], prefix=[2, 0])
+    inputs, share = reward.collate(columns, 0, True, torch.float32, CPU, loss_on="token")
+    assert inputs["input_ids"].tolist() == [[1, 2, 3, 0], [1, 2, 6, 7], [4, 5, 0, 0], [8, 5, 0, 0]]
+    assert torch.equal(inputs["attention_mask"], (inputs["input_ids"] > 0).long()) and inputs["logits_to_keep"].all()
+    assert share.tolist() == [[0, 0, 0.5, 0.5], [0.5, 0.5, 0, 0]]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_logps(dtype, temperature):

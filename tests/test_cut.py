@@ -287,8 +287,9 @@ def test_a_finished_run_says_so(work, whole, capsys):
     with pytest.raises(SystemExit) as ended:
         train(SFT, work, whole, "--resume")
     assert not ended.value.code and f"{whole} holds this run, finished" in capsys.readouterr().out
-    with pytest.raises(common.InputError, match="holds a finished run: .* pass --resume or --overwrite"):
-        train(SFT, work, whole)
+    for flags, said in ("", "holds a finished run: .* pass --resume or --overwrite"), ("--resume --seed 7", "was 42"):
+        with pytest.raises(common.InputError, match=said):
+            train(SFT, work, whole, flags)
 
 
 def test_the_status_of_a_process(monkeypatch, capsys):

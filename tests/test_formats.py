@@ -115,6 +115,7 @@ DROPPED = [
     ("ppo", {"messages": None}, "missing text"),
     ("sft", {"messages": [YES]}, "missing text"),
     ("sft", {"prompt": "Go", "completion": " \n"}, "empty response"),
+    ("pair", {"chosen": "Human: Go Assistant: a", "rejected": "Human: Go Assistant: "}, "empty response"),
     ("pair", {"prompt": [USER], "chosen": [YES], "rejected": [NO | {"content": None}]}, "empty response"),
     ("pair", {"prompt": [USER], "chosen": [YES], "rejected": [NO | {"content": []}]}, "empty response"),
     ("pair", {"prompt": [USER], "chosen": [YES, USER], "rejected": [NO, USER]}, "no answer at the end"),
@@ -418,13 +419,13 @@ def test_held_out_prompts(process, monkeypatch, prompts, held_out):
     assert any(split(seed)[1] != test for seed in (1, 2, 3)) == ("big" not in prompts)
 
 
-def test_ranked_rows(tokenizer, tmp_path):
+def test_ranked_rows(process, tokenizer, tmp_path, capsys):
     """Of prompts with more than two responses that all can be used, each response is the chosen one of a pair."""
     rows = [("Go", "abc", [1, 2.5, "3"]), ("Do", "ab", [1, 2]), ("My", "a b", [1, 2, 3]), ("We", "abcd", [4, 3, 2, 1])]
     rows = [{"prompt": prompt, "responses": list(text), "scores": scores} for prompt, text, scores in rows]
     encode = functools.partial(common.encode_pair, tokenizer=tokenizer, max_length=20, given=True)
     pairs, human = common.load_ranked(SimpleNamespace(ranked_dataset=rows_file(tmp_path, *rows)), encode)
-    assert human == [[1, 2.5, 3], [4, 3, 2, 1]]
+    assert human == [[1, 2.5, 3], [4, 3, 2, 1]] and capsys.readouterr().out == "--ranked_dataset: 2 prompts\n"
     expected = [f"<s> Go {letter} </s>" for letter in "abc"] + [f"<s> We {letter} </s>" for letter in "abcd"]
     assert [spelled(tokenizer, ids) for ids in pairs["chosen_ids"]] == expected
     assert common.load_ranked(SimpleNamespace(ranked_dataset=""), encode) == (None, [])

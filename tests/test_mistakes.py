@@ -25,6 +25,7 @@ FARM = {"instruction": "i", "output_1": "a", "output_2": "b"}
 FILES = {
     "five.jsonl": [ROW | {"prompt": f"Go {i}"} for i in range(5)],
     "text.jsonl": [{"text": "Go"}],
+    "unread.jsonl": [ROW | {"messages": "Go"}, {"Prompt": "Go", "chosen": "a", "rejected": "b"}],
     "ties.jsonl": [FARM | {"preference": 0}] * 2,
     "three.jsonl": [FARM | {"preference": 1}, FARM | {"preference": 3}],
     "zero.jsonl": [ROW | {"similarity": 1}, ROW | {"similarity": 0}],
@@ -94,6 +95,7 @@ MISTAKES = [
     ("reward --dataset F/five.jsonl:b", "--dataset F/five.jsonl:b: no usable row is left"),
     ("sft --eval_dataset F/broken.jsonl", "--eval_dataset F/broken.jsonl: broken.jsonl: JSONDecodeError: .*line 3 "),
     ("sft --dataset F/shifted.csv", "--dataset F/shifted.csv: row 2: column '.no heading.' would not be read"),
+    ("dpo --dataset F/unread.jsonl", "--dataset F/unread.jsonl: row 2: column 'Prompt' would not be read"),
     ("sft --dataset F/open.csv", "--dataset F/open.csv: .*unexpected end of data"),
     ("ppo --dataset F/text.jsonl", "--dataset F/text.jsonl: row 1: .*columns are text, but must be ch"),
     ("dpo --dataset F/three.jsonl", "--dataset F/three.jsonl: row 2: .*preference is 3"),
@@ -116,6 +118,7 @@ MISTAKES = [
     ("sft --overwrite --output_dir F/another", "--output_dir F/another holds files of something else"),
     ("sft --output_dir F/finished", "--output_dir F/finished holds a finished run: choose another, or pass"),
     ("sft --model F/nothing", "F/nothing"),
+    ("reward --constraint none --model F/folder", "tokenizer F/folder: Unrecognized model in .*config.json"),
     ("dpo --model nobody/nothing", "nobody/nothing"),
     ("sft --model RM", "--model RM is no language model"),
     ("dpo --ref_model RM", "--ref_model RM is no language model"),

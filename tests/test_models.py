@@ -68,6 +68,7 @@ def load(path: str, what: str = "language", **values):
 def test_padding_is_neither_eos_nor_a_token_of_texts(tokenizer, tmp_path, config, lent):
     """Else scores would be read before EOS. A special token that nothing uses is lent; none is added."""
     tokenizer.save_pretrained(tmp_path)
+    transformers.LlamaConfig().save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     if lent != "<pad>":
