@@ -138,7 +138,7 @@ def run(main, args_class, preset):
         status = 130
     except Exception as error:
         status = 1
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's ends the sleep
+        on_signals(signal.SIG_DFL)  # the launcher's ends the sleep
         known = isinstance(error, InputError | OSError)
         lost = not known and re.search(r"(?i)by peer|broken pipe|gloo|nccl", str(error))
         time.sleep(10 * (os.environ.get("RANK", "0") != "0") + 10 * bool(lost))  # first the rank that knows why
@@ -761,8 +761,8 @@ def global_batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.
     return rng.permutation(order.reshape(-1, size))
 
 
-def padded(rows: list[list[int]], value: int, device) -> torch.Tensor:
-    """Rows padded on the right, (R, T)."""
+def padded(rows: list[list], value, device) -> torch.Tensor:
+    """Rows padded on the right, (R, T), or of tuples (R, T, their length)."""
     width = max(map(len, rows))
     return torch.tensor(np.array([row + [value] * (width - len(row)) for row in rows]), device=device)
 
@@ -797,9 +797,8 @@ def collate_pairs(batch: dict[str, list], pad_token_id: int, share_prefix: bool,
         rows = [shared_row(*pair) for pair in pairs]
     else:
         rows = [response_row(ids, branch) for *both, _ in pairs for branch, ids in enumerate(both, 1)]
-    ids, labels, branch, positions = zip(*([list(each) for each in zip(*row)] for row in rows))
-    labels, branch = padded(labels, NO_LABEL, device), padded(branch, -1, device)  # each R T
-    inputs, positions = {"input_ids": padded(ids, pad_token_id, device)}, padded(positions, 0, device)  # R T
+    ids, labels, branch, positions = padded(rows, (pad_token_id, NO_LABEL, -1, 0), device).unbind(2)  # each R T
+    inputs = {"input_ids": ids}
     if shared:
         visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # R T T
         mask = torch.zeros(visible.shape, dtype=dtype, device=device)
@@ -843,8 +842,8 @@ def margin_metrics(margin, bound, rank_loss, constraint_loss) -> dict[str, float
 
 
 def correlations(margin, similarity, pairs, scores: list[float], human: list[list[float]]) -> dict[str, float]:
-    """How well length alone would rank the pairs; whether margins grow where responses differ; the mean over prompts of
-    the rank correlation of ranked responses' scores with the human ones."""
+    """How well length alone ranks the pairs; whether margins grow where responses differ; of ranked responses the rank
+    correlation of scores with the human ones, the mean over prompts."""
     longer = np.sign(np.subtract(column(pairs, "chosen_length"), column(pairs, "rejected_length")))
     scores = iter(scores)
     both = [([next(scores) for _ in own], own) for own in human]
