@@ -53,9 +53,9 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # a correlation or mean of nothing is NaN
 DATA = Path(__file__).resolve().parent / "data"  # the embedded data set
 NO_LABEL, MAX_GRAD_NORM = -100, 1.0
+MODELS = "model policy_model reward_model ref_model judge_model encoder"
 # Flags that --resume does not compare. Of models and data it compares the content.
 FREE = "dataset eval_dataset ranked_dataset resume overwrite output_dir save_every keep log_every eval_every local_rank"
-FREE += " model policy_model reward_model ref_model judge_model encoder"
 
 
 class InputError(Exception):
@@ -317,7 +317,7 @@ def open_output(args, outputs: tuple[str, ...]) -> Path:
         what = "a finished run" if finished else "checkpoints of a run" if whole(folder) else ""
         if what and not args.resume and not args.overwrite:
             raise InputError(f"--output_dir {folder} holds {what}: choose another, or pass --resume or --overwrite")
-        for name in [name for name in theirs if what and args.resume and name not in FREE.split()]:
+        for name in sorted(theirs.keys() - f"{FREE} {MODELS}".split()) if what and args.resume else ():
             if (now := vars(args)[name]) != (then := theirs[name]):
                 raise InputError(f"--resume: --{name} is {now}, but was {then} in {folder}")
         if args.resume and finished:
@@ -353,8 +353,8 @@ class Checkpoints:
         self.step, self.state, self.signal = 0, {}, 0
 
         def read():  # now: files may change while the run goes on
-            paths = {f"--{name}": path for name, path in vars(args).items() if name.endswith(("model", "encoder"))}
-            models = {name: path and model_version(path) for name, path in paths.items()}
+            paths = {name: path for name, path in vars(args).items() if name in MODELS.split()}
+            models = {f"--{name}": path and model_version(path) for name, path in paths.items()}
             files = [digest(file["filename"] for file in part.cache_files) for part in rows]
             same = models | {"the rows": files, "the number of ranks": dist.get_world_size()}
             newest = next(reversed(whole(self.folder)), None)

@@ -14,7 +14,7 @@ Output, in --output_dir: args.json, metrics.jsonl, tensorboard/, eval.jsonl (a l
 model/, which `AutoModelForSequenceClassification.from_pretrained` loads.
 r(x, y) is the score at the last token, EOS. The authors' own loss, L at each token, is --loss_on token.
 
-Shapes: B pairs and R rows of a micro batch, T tokens of a row, K positions that the loss is on, n pairs of a data set.
+Shapes: B pairs and R rows of a micro batch, T tokens of a row, K positions that the head sees, n pairs of a data set.
 """
 
 import common  # first: it sets what torch reads when it is loaded

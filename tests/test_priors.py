@@ -194,11 +194,8 @@ def test_embeddings_are_those_of_each_text_alone(bert, tokenizer, pooling, pool,
     embeddings = encode_texts(
         texts, bert, pooling, batch_tokens=batch_tokens, progress=lambda b: sizes.extend(map(len, b)) or b
     )
-    assert (
-        sizes == batches
-        and not embeddings.is_inference()
-        and torch.allclose(embeddings, torch.stack([pool(h) for h in alone]), atol=1e-4)
-    )
+    assert sizes == batches and torch.allclose(embeddings, torch.stack([pool(h) for h in alone]), atol=1e-4)
+    assert not embeddings.is_inference()  # they may meet weights that are trained
 
 
 def test_a_long_text_loses_its_beginning(bert, toy, tokenizer):
